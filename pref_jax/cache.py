@@ -1,0 +1,181 @@
+"""What can be made again: prepared data, features, vocabularies, compiled programs.
+
+Everything lies under ``$PREF_JAX_CACHE`` (default ``~/.cache/pref_jax``) in one folder per kind,
+named by a hash of the content it was made from. It is shared by runs and safe to delete at any
+time.
+"""
+
+import errno
+import fcntl
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from pref_jax.errors import InputError, RunError
+
+VARIABLE = "PREF_JAX_CACHE"
+
+# https://bford.info/cachedir/: backup tools skip a folder with this file, and `clear` deletes no
+# folder without it, so that a variable that points at somebody's home costs nobody his files.
+_TAG = "CACHEDIR.TAG"
+_TAG_TEXT = "Signature: 8a477f597d28d172789f06886806bc55\n# A cache of pref_jax. Safe to delete.\n"
+
+
+def cache_dir() -> Path:
+    """The cache's folder, made if missing; `InputError` where it cannot be written."""
+    typed = os.environ.get(VARIABLE, "")
+    path = Path(typed).expanduser() if typed else Path.home() / ".cache" / "pref_jax"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "Permission denied")
+    except OSError as error:
+        raise InputError(
+            str(path),
+            f"the cache folder cannot be written ({error.strerror})",
+            f"set {VARIABLE} to a folder that can be",
+        ) from error
+    return path.absolute()
+
+
+def folder(kind: str) -> Path:
+    """The folder of one kind of entry ("features", "compiled", ...), made if missing."""
+    path = cache_dir() / kind
+    tag = path / _TAG
+    try:
+        path.mkdir(exist_ok=True)
+        if not tag.exists():
+            tag.write_text(_TAG_TEXT)
+    except OSError as error:
+        raise InputError(
+            str(path),
+            f"the cache folder cannot be written ({error.strerror})",
+            f"set {VARIABLE} to a folder that can be",
+        ) from error
+    return path
+
+
+def clear() -> None:
+    """Empties the cache; other files that happen to lie in its folder stay."""
+    for path in cache_dir().iterdir():
+        if (path / _TAG).is_file():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Holds an exclusive lock on the file ``path`` between processes.
+
+    The kernel frees the lock when its holder dies, however it dies. The file is removed on the
+    way out. Yields whether the lock is held: false where another process has it and ``wait`` is
+    false, and where the file system knows no locks.
+    """
+    descriptor = None
+    try:
+        while descriptor is None:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except OSError:  # taken (BlockingIOError), or not supported here
+                yield False
+                return
+            # Its last holder may have removed the file while we waited for it.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    break
+            os.close(descriptor)
+            descriptor = None
+        try:
+            yield True
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def entry(kind: str, key: str, make: Callable[[Path], None]) -> Path:
+    """The finished entry ``key`` of a kind, made if it is not there.
+
+    Args:
+      kind: folder of the entry.
+      key: hash of everything the entry follows from.
+      make: gets a path at which nothing is yet, and leaves a file or a folder there.
+
+    Returns:
+      A path at which the whole entry lies, or nothing at all: it is made under another name,
+      flushed and renamed. A second process waits for the first. What a killed process left
+      behind is deleted by the next one that makes an entry of this kind.
+
+    Raises:
+      RunError: the disk is full. Whatever else ``make`` raises goes through.
+    """
+    parent = folder(kind)
+    final = parent / key
+    if final.exists():
+        return final
+    with locked(parent / f".{key}.lock") as alone:
+        if final.exists():
+            return final
+        _remove_leftovers(parent, key if alone else None)
+        temporary = parent / f".{key}.{uuid.uuid4().hex}.tmp"
+        try:
+            make(temporary)
+            _flush(temporary)
+            try:
+                os.rename(temporary, final)
+            except OSError:
+                if not final.exists():  # else another process was faster: same key, same content
+                    raise
+            _flush_folder(parent)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise RunError(
+                    str(parent), "the disk is full", f"free some space or set {VARIABLE}"
+                ) from error
+            raise
+        finally:
+            remove(temporary)
+    return final
+
+
+def remove(path: Path) -> None:
+    """Deletes a file or a folder, also one that is not there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _remove_leftovers(parent: Path, held: str | None) -> None:
+    """Deletes temporaries whose maker is dead: nobody holds the lock of their key."""
+    for temporary in parent.glob(".*.tmp"):
+        key = temporary.name[1:].rsplit(".", 2)[0]
+        if key == held:
+            remove(temporary)
+            continue
+        with locked(parent / f".{key}.lock", wait=False) as dead:
+            if dead:
+                remove(temporary)
+
+
+def _flush(path: Path) -> None:
+    for part in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        _flush_folder(part) if part.is_dir() else _flush_file(part)
+
+
+def _flush_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _flush_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
