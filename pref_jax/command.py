@@ -149,27 +149,21 @@ def _parse(arguments: list[str], doc: str) -> list[str]:
 
 def _illegal_value(message: str, doc: str) -> InputError:
     named = re.match(r"flag --([\w.]+)=(.*?): (.*)", message, re.DOTALL)
-    if named is None:  # a validator
-        name = re.search(r"--([\w.]+)", message)
-        flag = f"--{name[1]}" if name else sys.argv[0]
-        if "must have a value other than None" in message or "must be specified" in message:
-            return InputError(flag, "it is missing", _what_to_type(flag, doc))
-        detail = message.rsplit(": ", 1)[-1]
-        return InputError(flag, detail, "python " + sys.argv[0] + " --help tells what it takes")
+    where = f"--{named[1]}" if named else sys.argv[0]
+    if named is None:
+        return InputError(where, message, "--help tells what the flags take")
     name, value, why = named[1], named[2], named[3]
+    if "other than None" in why:
+        return InputError(where, "it is missing", _what_to_type(where, doc))
     flag = flags.FLAGS[name]
-    kinds = {"int": "a whole number", "float": "a number", "bool": "true or false"}
     choices = getattr(flag.parser, "enum_values", None)
-    remedy = f"known: {', '.join(choices)}" if choices else f"{flag.help}".strip()
+    if choices:
+        return InputError(where, f"unknown value {value!r}", f"known: {', '.join(choices)}")
+    kinds = {"int": "a whole number", "float": "a number", "bool": "true or false"}
     kind = kinds.get(flag.flag_type())
-    what = f"{value!r} is not {kind}" if kind and "invalid" in why + "non-" else None
-    if kind and re.search(r"invalid literal|could not convert|Expect|Non-bool|Got", why, re.I):
-        what = f"{value!r} is not {kind}"
-    elif choices:
-        what = f"unknown value {value!r}"
-    else:
-        what = f"{value!r}: {why}"
-    return InputError(f"--{name}", what, remedy or f"--help tells what --{name} takes")
+    if kind and re.search(r"invalid literal|could not convert|Non-boolean|Expect", why):
+        why = f"not {kind}"
+    return InputError(where, f"{value!r}: {why}", (flag.help or "").rstrip(".") or "see --help")
 
 
 def _what_to_type(name: str, doc: str) -> str:
