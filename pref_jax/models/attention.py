@@ -1,0 +1,60 @@
+"""Attention among the tokens of one packed sequence, kept inside each segment."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pref_jax.models.dropout import dropout
+
+# Added to scores of pairs in different segments. Finite, so that padding (which has a segment of
+# its own) never produces a NaN; far below any real score in float32.
+_MASKED = np.float32(-1e30)
+
+
+def choose_implementation(platform: str, dropout_rate: float) -> str:
+    """Names the attention in use, for the log: the one place where it is chosen.
+
+    Attention dropout above zero needs the probabilities themselves, which fused kernels do not
+    hand out, so encoders in training take the plain XLA formula on every platform.
+    """
+    reason = "attention dropout" if dropout_rate else f"segment ids on {platform}"
+    return f"xla ({reason})"
+
+
+def attend(
+    query_BxQxNxH: jax.Array,
+    key_BxKxNxH: jax.Array,
+    value_BxKxNxH: jax.Array,
+    query_segments_BxQ: jax.Array,
+    key_segments_BxK: jax.Array,
+    *,
+    dropout_rate: float = 0.0,
+    seeds: jax.Array | None = None,
+    site: int = 0,
+) -> jax.Array:
+    """Softmax attention (Vaswani et al. 2017, 3.2.1) where only equal segments see each other.
+
+    Scores and softmax are float32 whatever the precision of the arguments; the result has theirs.
+
+    Returns:
+      ``[B, Q, N, H]``.
+    """
+    dtype = query_BxQxNxH.dtype
+    scale = np.float32(query_BxQxNxH.shape[-1] ** -0.5)
+    scores_BxNxQxK = jnp.einsum(
+        "bqnh,bknh->bnqk", query_BxQxNxH, key_BxKxNxH, preferred_element_type=jnp.float32
+    )
+    same_Bx1xQxK = query_segments_BxQ[:, None, :, None] == key_segments_BxK[:, None, None, :]
+    scores_BxNxQxK = jnp.where(same_Bx1xQxK, scores_BxNxQxK * scale, _MASKED)
+    # The maximum only guards against overflow and cancels out: no gradient through it.
+    scores_BxNxQxK -= lax.stop_gradient(scores_BxNxQxK.max(axis=-1, keepdims=True))
+    weights_BxNxQxK = jnp.exp(scores_BxNxQxK)
+    weights_BxNxQxK /= weights_BxNxQxK.sum(axis=-1, keepdims=True)
+    weights_BxNxQxK = dropout(weights_BxNxQxK, dropout_rate, seeds, site)
+    return jnp.einsum(
+        "bnqk,bknh->bqnh",
+        weights_BxNxQxK.astype(dtype),
+        value_BxKxNxH,
+        preferred_element_type=jnp.float32,
+    ).astype(dtype)

@@ -1,0 +1,84 @@
+"""Dense layer, layer norm and embedding, with logical axis names on every parameter."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+# Standard deviation of new weights: `initializer_range` of BERT's published configurations.
+INITIALIZER_RANGE = 0.02
+
+
+def _named(initializer: Callable, *axes: str | None) -> Callable:
+    return nn.with_logical_partitioning(initializer, axes)
+
+
+class Dense(nn.Module):
+    """``x @ kernel + bias``: operands in ``dtype``, sums in float32, result in ``dtype``."""
+
+    features: int
+    axes: tuple[str | None, str | None]
+    dtype: jnp.dtype = jnp.float32
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param(
+            "kernel",
+            _named(nn.initializers.normal(INITIALIZER_RANGE), *self.axes),
+            (x.shape[-1], self.features),
+            jnp.float32,
+        )
+        y = lax.dot_general(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            (((x.ndim - 1,), (0,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
+        if self.use_bias:
+            bias = self.param(
+                "bias",
+                _named(nn.initializers.zeros, self.axes[1]),
+                (self.features,),
+                jnp.float32,
+            )
+            y = y + bias.astype(jnp.float32)
+        return y.astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm over the last axis, computed in float32 (`torch.nn.LayerNorm`)."""
+
+    epsilon: float
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (x.shape[-1],)
+        scale = self.param("scale", _named(nn.initializers.ones, "norm"), shape, jnp.float32)
+        bias = self.param("bias", _named(nn.initializers.zeros, "norm"), shape, jnp.float32)
+        x = x.astype(jnp.float32)
+        x = x - x.mean(axis=-1, keepdims=True)
+        variance = (x * x).mean(axis=-1, keepdims=True)
+        y = x * lax.rsqrt(variance + self.epsilon) * scale.astype(jnp.float32)
+        return (y + bias.astype(jnp.float32)).astype(self.dtype)
+
+
+class Embedding(nn.Module):
+    """Rows of a table by number; the caller guarantees that numbers are inside the table."""
+
+    num_embeddings: int
+    features: int
+    axes: tuple[str | None, str | None]
+
+    @nn.compact
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        table = self.param(
+            "embedding",
+            _named(nn.initializers.normal(INITIALIZER_RANGE), *self.axes),
+            (self.num_embeddings, self.features),
+            jnp.float32,
+        )
+        return table.at[ids].get(mode="clip").astype(jnp.float32)

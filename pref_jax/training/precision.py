@@ -1,0 +1,72 @@
+"""Which dtype computes what, and dynamic loss scaling for float16."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """Dtypes of one run. Trainable weights, softmax, norms, head and loss are always float32.
+
+    Attributes:
+      compute: of activations and of the operands of matrix products.
+      frozen: weights that are not trained are stored like this.
+      loss_scaling: whether gradients would underflow without a loss scale (float16).
+    """
+
+    compute: jnp.dtype
+    frozen: jnp.dtype
+    loss_scaling: bool
+
+
+def choose_precision(name: str, device: jax.Device) -> Precision:
+    """Turns `train.precision` into a policy.
+
+    "auto" takes bfloat16 where the hardware multiplies it (TPU; NVIDIA from Ampere, compute
+    capability 8), float16 on older GPUs (T4, V100), and float32 on CPU.
+    """
+    if name == "auto":
+        if device.platform == "tpu":
+            name = "bfloat16"
+        elif device.platform == "gpu":
+            capability = float(getattr(device, "compute_capability", "8.0"))
+            name = "bfloat16" if capability >= 8.0 else "float16"
+        else:
+            name = "float32"
+    dtype = jnp.dtype(name)
+    return Precision(compute=dtype, frozen=dtype, loss_scaling=name == "float16")
+
+
+# The values of torch.amp.GradScaler.
+_INITIAL_SCALE = 2.0**16
+_GROWTH_INTERVAL = 2000
+
+
+class LossScale(struct.PyTreeNode):
+    """Dynamic loss scale: halved by a non-finite gradient, doubled after a run of finite ones.
+
+    `flax.training.dynamic_scale` does the same around one `value_and_grad`; here the gradient is a
+    sum over microbatches inside a loop, so only the state and the rule are needed.
+
+    Attributes:
+      scale: float32 scalar, multiplies the loss.
+      finite_steps: int32 scalar, finite updates since the scale changed.
+    """
+
+    scale: jax.Array
+    finite_steps: jax.Array
+
+    @classmethod
+    def create(cls) -> "LossScale":
+        return cls(jnp.float32(_INITIAL_SCALE), jnp.int32(0))
+
+    def adjust(self, finite: jax.Array) -> "LossScale":
+        """The scale of the next update, after gradients that were ``finite`` or not."""
+        grow = self.finite_steps + 1 >= _GROWTH_INTERVAL
+        grown = jnp.where(grow, self.scale * 2.0, self.scale)
+        scale = jnp.where(finite, grown, jnp.maximum(self.scale * 0.5, 1.0))
+        finite_steps = jnp.where(finite & ~grow, self.finite_steps + 1, 0)
+        return LossScale(scale, finite_steps)

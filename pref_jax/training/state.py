@@ -1,0 +1,99 @@
+"""What training changes, and what it does not."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct, traverse_util
+from jax.sharding import NamedSharding
+
+from pref_jax.training.precision import LossScale
+
+
+class TrainState(struct.PyTreeNode):
+    """Everything that a resumed run needs.
+
+    Attributes:
+      step: int32 scalar, updates done.
+      params: trainable parameters, a nested dict; frozen ones are no part of the state.
+      opt_state: the optimizer's state.
+      loss_scale: None unless the precision is float16.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    loss_scale: LossScale | None
+
+
+def split_parameters(params: Any, is_trainable: Callable[[str], bool]) -> tuple[Any, Any]:
+    """Splits a nested dict by path (``encoder/layer_0/...``) into trainable and frozen."""
+    flat = traverse_util.flatten_dict(params, sep="/")
+    parts: tuple[dict, dict] = ({}, {})
+    for path, leaf in flat.items():
+        parts[0 if is_trainable(path) else 1][path] = leaf
+    trainable, frozen = (traverse_util.unflatten_dict(part, sep="/") for part in parts)
+    return trainable, frozen
+
+
+def merge_parameters(trainable: Any, frozen: Any) -> Any:
+    """The inverse of `split_parameters`."""
+    flat = traverse_util.flatten_dict(frozen) | traverse_util.flatten_dict(trainable)
+    return traverse_util.unflatten_dict(flat)
+
+
+def trainable_above(frozen_layers: int) -> Callable[[str], bool]:
+    """Paths outside the first ``frozen_layers`` encoder layers; the embeddings train."""
+    frozen = tuple(f"encoder/layer_{layer}/" for layer in range(frozen_layers))
+    return lambda path: not path.startswith(frozen) if frozen else True
+
+
+def abstract_state(
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    *,
+    loss_scaling: bool,
+    scalar_sharding: NamedSharding,
+) -> TrainState:
+    """Shapes and shardings of the state over abstract trainable parameters.
+
+    Moments lie where their parameters lie.
+    """
+
+    def scalar(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=scalar_sharding)
+
+    opt_state = jax.eval_shape(optimizer.init, params)
+    opt_state = optax.tree.map_params(
+        optimizer,
+        lambda leaf, param: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=param.sharding),
+        opt_state,
+        params,
+        transform_non_params=scalar,
+    )
+    loss_scale = jax.eval_shape(LossScale.create) if loss_scaling else None
+    return TrainState(
+        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=scalar_sharding),
+        params=params,
+        opt_state=opt_state,
+        loss_scale=jax.tree.map(scalar, loss_scale),
+    )
+
+
+def create_state(
+    params: Any, optimizer: optax.GradientTransformation, abstract: TrainState
+) -> TrainState:
+    """The state before the first update, placed like ``abstract``."""
+
+    def create(params: Any) -> TrainState:
+        return TrainState(
+            step=jnp.int32(0),
+            params=params,
+            opt_state=optimizer.init(params),
+            loss_scale=None if abstract.loss_scale is None else LossScale.create(),
+        )
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(create, out_shardings=shardings)(params)

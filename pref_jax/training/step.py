@@ -1,0 +1,181 @@
+"""The two compiled functions: one optimizer update, and logits of packed rows."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from jax import lax
+
+from pref_jax.data.batches import Packed, Update
+from pref_jax.models.dropout import unit_seeds
+from pref_jax.training.optimizer import Schedule
+from pref_jax.training.state import TrainState, merge_parameters
+from pref_jax.training.tasks import preference_losses
+
+TrainStep = Callable[[TrainState, Any, Update], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def apply_model(
+    model: nn.Module, params: Any, packed: Packed, seeds: jax.Array | None
+) -> jax.Array:
+    """Logits ``[B, R, classes]`` of packed units ``[B, ...]``."""
+    return model.apply(
+        {"params": params},
+        packed.input_ids,
+        packed.token_types,
+        packed.positions,
+        packed.segment_ids,
+        packed.pool_positions,
+        seeds,
+    )
+
+
+def _microbatch(packed: Packed, number: jax.Array) -> Packed:
+    return jax.tree.map(
+        lambda leaf: lax.dynamic_index_in_dim(leaf, number, keepdims=False), packed
+    )
+
+
+def make_gradient(model: nn.Module, seed: int) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
+    """Makes the function that sums loss and gradient over an update's microbatches.
+
+    The number of microbatches is data: the gradient is taken inside the loop's body, so the loop
+    may have a dynamic bound, and updates of any size run the same program.
+
+    Returns:
+      ``gradient(trainable, frozen, update, step, scale) -> (gradients, sums)``: gradients of
+      ``scale`` times the mean loss over the update's rows; ``loss`` (unscaled mean) and
+      ``accuracy``.
+    """
+
+    def gradient(
+        trainable: Any, frozen: Any, update: Update, step: jax.Array, scale: jax.Array
+    ) -> tuple[Any, dict[str, jax.Array]]:
+        def loss_of(trainable: Any, packed: Packed) -> tuple[jax.Array, dict[str, jax.Array]]:
+            seeds = unit_seeds(jnp.uint32(seed), step, packed.unit_ids)
+            logits = apply_model(model, merge_parameters(trainable, frozen), packed, seeds)
+            losses = preference_losses(logits, packed.labels, packed.tie_allowed)
+            weights = packed.weights / update.total_weight
+            loss = jnp.sum(losses * weights)
+            correct = logits.argmax(axis=-1) == packed.labels
+            return loss * scale, {"loss": loss, "accuracy": jnp.sum(correct * weights)}
+
+        def add_microbatch(number: jax.Array, sums: tuple, packed: Packed) -> tuple:
+            (_, values), gradients = jax.value_and_grad(loss_of, has_aux=True)(
+                trainable, _microbatch(packed, number)
+            )
+            return jax.tree.map(jnp.add, sums, (gradients, values))
+
+        zero = jnp.float32(0.0)
+        sums = (
+            jax.tree.map(jnp.zeros_like, trainable),
+            {"loss": zero, "accuracy": zero},
+        )
+        for bucket, packed in enumerate(update.buckets):
+            sums = lax.fori_loop(
+                0,
+                update.num_microbatches[bucket],
+                lambda number, sums, packed=packed: add_microbatch(number, sums, packed),
+                sums,
+            )
+        return sums
+
+    return gradient
+
+
+def make_train_step(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    *,
+    seed: int,
+    clip_norm: float,
+) -> TrainStep:
+    """Makes the function of one optimizer update, to be jitted by the caller.
+
+    With a loss scale an update with non-finite gradients changes nothing but the scale.
+
+    Returns:
+      ``step(state, frozen, update) -> (state, metrics)`` with scalars ``loss``, ``accuracy``,
+      ``learning_rate``, ``gradient_norm`` (before clipping) and with a loss scale ``loss_scale``.
+    """
+    gradient = make_gradient(model, seed)
+
+    def step(
+        state: TrainState, frozen: Any, update: Update
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        scale = jnp.float32(1.0) if state.loss_scale is None else state.loss_scale.scale
+        gradients, metrics = gradient(state.params, frozen, update, state.step, scale)
+        norm = optax.global_norm(gradients) / scale
+        # The factor of torch.nn.utils.clip_grad_norm_, its epsilon included.
+        clip = jnp.minimum(1.0, clip_norm / (norm + 1e-6)) / scale if clip_norm else 1.0 / scale
+        gradients = jax.tree.map(lambda leaf: leaf * clip, gradients)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = metrics | {"learning_rate": schedule(state.step), "gradient_norm": norm}
+        loss_scale = state.loss_scale
+        if loss_scale is not None:
+            finite = jnp.isfinite(norm)
+            params, opt_state = jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old),
+                (params, opt_state),
+                (state.params, state.opt_state),
+            )
+            metrics["loss_scale"] = loss_scale.scale
+            loss_scale = loss_scale.adjust(finite)
+        return TrainState(state.step + 1, params, opt_state, loss_scale), metrics
+
+    return step
+
+
+def make_predict_step(model: nn.Module) -> Callable[[Any, Update], tuple[jax.Array, ...]]:
+    """Makes the function that scores packed rows without dropout, to be jitted by the caller.
+
+    Returns:
+      ``predict(params, update) -> per bucket float32 logits [K, B, R, classes]``; microbatches that
+      are not in use stay zero and cost nothing.
+    """
+
+    def predict(params: Any, update: Update) -> tuple[jax.Array, ...]:
+        results = []
+        for bucket, packed in enumerate(update.buckets):
+            shape = jax.eval_shape(
+                lambda packed: apply_model(model, params, _microbatch(packed, 0), None), packed
+            )
+
+            def score(number: jax.Array, logits: jax.Array, packed: Packed = packed) -> jax.Array:
+                part = apply_model(model, params, _microbatch(packed, number), None)
+                return lax.dynamic_update_index_in_dim(logits, part, number, 0)
+
+            logits = jnp.zeros((packed.unit_ids.shape[0], *shape.shape), jnp.float32)
+            results.append(lax.fori_loop(0, update.num_microbatches[bucket], score, logits))
+        return tuple(results)
+
+    return predict
+
+
+def abstract_update(
+    shapes: tuple[tuple[int, int], ...], geometry: Any, unit_sharding: Any, scalar_sharding: Any
+) -> Update:
+    """Shapes and shardings of an update, for compiling before there is data."""
+    from pref_jax.data.batches import allocate
+
+    def describe(array: np.ndarray) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=unit_sharding)
+
+    buckets = tuple(
+        jax.tree.map(describe, allocate(shape, length, rows, geometry.sides))
+        for shape, length, rows in zip(
+            shapes, geometry.unit_lengths, geometry.rows_per_unit, strict=True
+        )
+    )
+    scalar = scalar_sharding
+    return Update(
+        buckets,
+        jax.ShapeDtypeStruct((len(buckets),), np.int32, sharding=scalar),
+        jax.ShapeDtypeStruct((), np.float32, sharding=scalar),
+    )
