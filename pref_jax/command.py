@@ -33,13 +33,12 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-from absl import flags  # noqa: E402
+from absl import flags
 
-from pref_jax.errors import InputError, RunError  # noqa: E402
+from pref_jax.errors import InputError, RunError
 
 Main = Callable[..., int | None]
 
-_INTERRUPTED = 130  # 128 + SIGINT, what shells report
 _PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _HELP = ("--help", "-help", "-h", "--helpfull", "--helpshort")
@@ -80,10 +79,11 @@ def run(
 def _run(
     main: Main, arguments: list[str], doc: str, config: bool | str, positional: str | None
 ) -> int:
-    from pref_jax import config as configs
-
     if "debug" not in flags.FLAGS:
         flags.DEFINE_boolean("debug", False, "Show the traceback of an error.")
+    # Imported here: scripts without a config start faster.
+    from pref_jax.config_file import load, take_overrides
+
     overrides: list[tuple[str, str | None]] = []
     if config:
         default = config if isinstance(config, str) and config != "optional" else None
@@ -93,7 +93,7 @@ def _run(
             "FILE.py[:arguments], a preset such as configs/quickstart.py; "
             "--config.section.field=value changes one of its fields.",
         )
-        arguments, overrides = configs.take_overrides(arguments)
+        arguments, overrides = take_overrides(arguments)
     if any(argument in _HELP for argument in _before_separator(arguments)):
         print(_help(doc))
         return 0
@@ -115,7 +115,7 @@ def _run(
                 "there is no config that it could change",
                 "name one with --config=FILE.py",
             )
-        parts.append(None if path is None else configs.load(path, overrides, script=sys.argv[0]))
+        parts.append(None if path is None else load(path, overrides, script=sys.argv[0]))
     if positional is not None:
         parts.append(rest)
     return main(*parts) or 0
@@ -200,7 +200,9 @@ def _report(error: BaseException, debug: bool) -> int:
     if isinstance(error, RunError):
         return _print_error(str(error), 1)
     if isinstance(error, KeyboardInterrupt):
-        return _print_error(f"{sys.argv[0]}: interrupted; type the same command again", 130)
+        return _print_error(
+            f"{sys.argv[0]}: interrupted; type the same command again", 130
+        )  # 128 + SIGINT
     if isinstance(error, BrokenPipeError):  # ``... | head`` has seen enough
         with contextlib.suppress(OSError, ValueError, io.UnsupportedOperation):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -211,21 +213,23 @@ def _report(error: BaseException, debug: bool) -> int:
             "--config.train.remat=full",
             1,
         )
-    if isinstance(error, OSError):
-        place = error.filename if error.filename is not None else sys.argv[0]
-        place = os.fsdecode(place) if isinstance(place, (bytes, str)) else str(place)
-        if error.errno in _FULL or "No space left" in str(error):
-            line = RunError(place, "the disk is full", "free some space and type it again")
-            return _print_error(str(line), 1)
-        if error.errno in _PERMISSION:
-            line = InputError(place, "no permission", "choose another place or change its mode")
-            return _print_error(str(line), 2)
-        if error.filename is not None and error.errno is not None:
-            line = InputError(place, os.strerror(error.errno).lower(), "name another path")
-            return _print_error(str(line), 2)
+    if isinstance(error, OSError) and (line := _explain_file_error(error)) is not None:
+        return _print_error(str(line), 2 if isinstance(line, InputError) else 1)
     if not debug:  # there it has been printed already
         traceback.print_exception(error)
     return 1
+
+
+def _explain_file_error(error: OSError) -> InputError | RunError | None:
+    """The one line of a full disk, a lack of permission or a wrong path; None for anything else."""
+    place = sys.argv[0] if error.filename is None else os.fsdecode(error.filename)
+    if error.errno in _FULL or "No space left" in str(error):
+        return RunError(place, "the disk is full", "free some space and type it again")
+    if error.errno in _PERMISSION:
+        return InputError(place, "no permission", "choose another place or change its mode")
+    if error.filename is not None and error.errno is not None:
+        return InputError(place, os.strerror(error.errno).lower(), "name another path")
+    return None
 
 
 def _print_error(line: str, code: int) -> int:

@@ -1,19 +1,14 @@
 """What can be configured, its defaults, and the checks that a config has to pass.
 
 A config file defines ``get_config(arguments)``: it takes ``default_config()``, changes what its
-preset needs and returns it. ``load`` reads one, applies the command line's overrides, typed as the
-fields are, and checks every value, without importing jax.
+preset needs and returns it. Nothing here imports jax.
 """
 
 from __future__ import annotations
 
-import ast
-import difflib
 import math
 import re
-import traceback
-import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +62,9 @@ def default_config() -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.family = placeholder(str)  # None: the pretrained folder's; bert without one
-    config.model.pretrained = placeholder(str)  # hub name, folder or package:NAME/PATH; None: random
+    config.model.pretrained = placeholder(
+        str
+    )  # hub name, folder or package:NAME/PATH; None: random
     config.model.init_from = placeholder(str)  # a workdir whose encoder to start from
     config.model.frozen_layers = 0  # how many of the first encoder layers are not trained
     config.model.head_dropout = 0.1  # on the pooled state
@@ -85,7 +82,7 @@ def default_config() -> ConfigDict:
     config.train = ConfigDict()
     config.train.epochs = 3.0  # may be a fraction
     config.train.max_steps = placeholder(int)  # optimizer updates; None: no limit
-    config.train.max_hours = placeholder(float)  # wall time, stops cleanly and saved; None: no limit
+    config.train.max_hours = placeholder(float)  # wall time; stops cleanly, saved; None: no limit
     config.train.batch_size = 32  # rows per update over all devices: the paper's 16 x 2
     config.train.microbatch_size = 2  # sequences of max_length per device and forward pass
     config.train.learning_rate = 2e-5
@@ -158,63 +155,6 @@ def run_name(path: str) -> str:
     return "_".join([Path(file).stem, *re.findall(r"[\w.-]+", arguments)])
 
 
-def take_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str | None]]]:
-    """Takes ``--config.section.field=value`` out of a command line.
-
-    Returns:
-      The other arguments, and (field, value) in the order typed; the value of a field that is
-      true or false may be left out and is then None.
-    """
-    kinds = _field_types(default_config())
-    others: list[str] = []
-    overrides: list[tuple[str, str | None]] = []
-    waiting = list(arguments)
-    while waiting:
-        argument = waiting.pop(0)
-        if argument == "--":
-            others += [argument, *waiting]
-            break
-        match = re.fullmatch(r"--?(no)?config\.([^=]*)(?:=(.*))?", argument, re.DOTALL)
-        if match is None:
-            others.append(argument)
-            continue
-        negated, name, value = match[1], match[2], match[3]
-        if negated:
-            value = "false"
-        elif value is None and kinds.get(name) is not bool and waiting:
-            following = waiting[0]
-            if not following.startswith("-") or re.match(r"-[\d.]", following):
-                value = waiting.pop(0)
-        overrides.append((name, value))
-    return others, overrides
-
-
-def load(
-    path: str, overrides: Iterable[tuple[str, str | None]] = (), *, script: str = ""
-) -> ConfigDict:
-    """Reads ``FILE.py[:arguments]``, applies overrides and checks the result.
-
-    Args:
-      path: relative to the working directory, or else to the repository that holds ``script``.
-      overrides: (field, value as typed); the last one of a field wins.
-      script: path of the script that was started.
-
-    Raises:
-      InputError: anything is wrong with the file, its arguments, a field or a value.
-    """
-    name, _, arguments = path.partition(":")
-    file = Path(name)
-    if not file.is_absolute() and not file.exists() and script:
-        beside = Path(script).resolve().parent.parent / file
-        file = beside if beside.exists() else file
-    config = _execute(file, name, arguments or None)
-    _compare_fields(config, name)
-    for field, value in overrides:
-        override(config, field, value)
-    resolve(config)
-    return config
-
-
 def resolve(config: ConfigDict) -> None:
     """Fills in what follows from other fields, then checks the config."""
     layout = config.input.layout
@@ -223,169 +163,8 @@ def resolve(config: ConfigDict) -> None:
     check(config)
 
 
-def override(config: ConfigDict, name: str, value: str | None) -> None:
-    """Sets one field to a value as typed on the command line, converted to the field's type."""
-    parent = config
-    *sections, leaf = name.split(".")
-    schema = default_config()
-    for depth, section in enumerate([*sections, leaf]):
-        at = ".".join(name.split(".")[:depth])
-        if section not in schema:
-            close = difflib.get_close_matches(section, list(schema), n=1)
-            hint = f"did you mean {close[0]}? known" if close else "known"
-            of = f" of {at}" if at else ""
-            raise InputError(
-                f"--config.{name}",
-                f"unknown field {section!r}{of}",
-                f"{hint}: {', '.join(sorted(schema))}",
-            )
-        if depth < len(sections):
-            if not isinstance(schema[section], ConfigDict):
-                raise InputError(
-                    f"--config.{name}",
-                    f"{section} is a field, not a section",
-                    f"type --config.{'.'.join(name.split('.')[: depth + 1])}=...",
-                )
-            schema, parent = schema[section], parent[section]
-    if isinstance(schema[leaf], ConfigDict):
-        raise InputError(
-            f"--config.{name}", "it is a section", f"set its fields: {', '.join(schema[leaf])}"
-        )
-    kind, optional = schema.get_type(leaf), schema[leaf] is None
-    if value is None and kind is not bool:
-        raise InputError(f"--config.{name}", "its value is missing", f"type --config.{name}=...")
-    parent[leaf] = _convert(f"--config.{name}", "true" if value is None else value, kind, optional)
-
-
-def _convert(where: str, text: str, kind: type, optional: bool) -> Any:
-    text = text.strip()
-    if optional and text.lower() in ("none", ""):
-        return None
-    if kind is bool:
-        if text.lower() in ("true", "1", "yes"):
-            return True
-        if text.lower() in ("false", "0", "no"):
-            return False
-        raise InputError(where, f"{text!r} is not true or false", f"type {where}=true")
-    if kind is int:
-        return _whole_number(where, text)
-    if kind is float:
-        try:
-            return float(text)
-        except ValueError as error:
-            raise InputError(where, f"{text!r} is not a number", f"type {where}=0.1") from error
-    if kind is tuple:
-        try:
-            value = ast.literal_eval(text)
-            values = value if isinstance(value, (tuple, list)) else (value,)
-            if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values):
-                raise ValueError
-            return tuple(float(v) for v in values)
-        except (ValueError, SyntaxError, TypeError, OverflowError, RecursionError, MemoryError):
-            raise InputError(
-                where, f"{text!r} is not a list of numbers", f'type {where}="(0.1,0.45,0.45)"'
-            ) from None
-    if not text:
-        raise InputError(where, "it is empty", f"type {where}=VALUE")
-    return text
-
-
-def _whole_number(where: str, text: str) -> int:
-    with_point = None
-    try:
-        return int(text)
-    except ValueError:
-        try:
-            with_point = float(text)  # 1e2 is exactly a hundred; 0.5 is not a whole number
-        except ValueError:
-            pass
-    if with_point is not None and math.isfinite(with_point) and with_point == int(with_point):
-        return int(with_point)
-    raise InputError(where, f"{text!r} is not a whole number", f"type {where}=1")
-
-
-def _execute(file: Path, shown: str, arguments: str | None) -> ConfigDict:
-    """Runs a config file, as the author's code, and names its line where that fails."""
-    try:
-        source = file.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        presets = sorted(f"configs/{p.name}" for p in Path("configs").glob("*.py"))
-        raise InputError(
-            "--config",
-            f"there is no file {shown!r}",
-            f"known: {', '.join(presets)}" if presets else "name a file such as configs/x.py",
-        ) from error
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        why = getattr(error, "strerror", None) or "it is not Python source"
-        raise InputError("--config", f"cannot read {shown!r}: {why}", "name a .py file") from error
-    module = types.ModuleType("config_file")
-    module.__file__ = str(file)
-    try:
-        exec(compile(source, str(file), "exec"), module.__dict__)
-        if not callable(getattr(module, "get_config", None)):
-            raise InputError(
-                shown,
-                "it does not define get_config(arguments)",
-                "start from configs/quickstart.py",
-            )
-        config = module.get_config(arguments)
-    except InputError as error:
-        if error.where == "--config":
-            raise InputError(f"--config={shown}", error.what, error.remedy) from error
-        raise
-    except SyntaxError as error:
-        line = error.lineno if error.filename == str(file) else 0
-        raise InputError(f"{shown}:{line}", f"{error.msg}", "mend that line") from error
-    except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        line = next((f.lineno for f in reversed(frames) if f.filename == str(file)), 0)
-        # ml_collections lists the other fields by their representation, which helps nobody.
-        message = str(error).split(" Other fields present")[0].lstrip("'\"")
-        raise InputError(
-            f"{shown}:{line}", f"{type(error).__name__}: {message}", "mend that line"
-        ) from error
-    if not isinstance(config, ConfigDict):
-        raise InputError(
-            shown,
-            f"get_config returned a {type(config).__name__}",
-            "let it return the ConfigDict of pref_jax.config.default_config()",
-        )
-    return config
-
-
-def _field_types(config: ConfigDict, prefix: str = "") -> dict[str, type]:
-    kinds: dict[str, type] = {}
-    for name in config:
-        if isinstance(config[name], ConfigDict):
-            kinds |= _field_types(config[name], f"{prefix}{name}.")
-        else:
-            kinds[prefix + name] = config.get_type(name)
-    return kinds
-
-
-def _compare_fields(config: ConfigDict, shown: str) -> None:
-    """A config file may have built its own ConfigDict: fields and types must be the known ones."""
-    known, present = _field_types(default_config()), _field_types(config)
-    for name in present.keys() - known.keys():
-        raise InputError(shown, f"unknown field {name}", "see default_config in pref_jax/config.py")
-    for name in known.keys() - present.keys():
-        raise InputError(shown, f"the field {name} is missing", "start from default_config()")
-    defaults = default_config()
-    for name, kind in known.items():
-        value = _get(config, name)
-        if value is None and _get(defaults, name) is None:
-            continue
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            continue
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise InputError(
-                f"--config.{name}",
-                f"{value!r} is not of type {kind.__name__}",
-                f"change it in {shown}",
-            )
-
-
-def _get(config: ConfigDict, name: str) -> Any:
+def get(config: ConfigDict, name: str) -> Any:
+    """The value of a field named as on the command line, such as ``train.epochs``."""
     for part in name.split("."):
         config = config[part]
     return config
@@ -400,13 +179,13 @@ def check(config: ConfigDict) -> None:
       InputError: names the field, what is wrong and what is possible.
     """
     for name, known in CHOICES.items():
-        value = _get(config, name)
+        value = get(config, name)
         if value not in known and not (value is None and name == "model.family"):
             raise InputError(
                 f"--config.{name}", f"unknown value {value!r}", f"known: {', '.join(known)}"
             )
     for name, (low, high) in _RANGES.items():
-        value = _get(config, name)
+        value = get(config, name)
         if value is not None and not low <= value <= high:  # not a number fails both
             most = f" to {high:g}" if high < math.inf else " or more"
             raise InputError(
@@ -415,7 +194,7 @@ def check(config: ConfigDict) -> None:
         if value is not None and not math.isfinite(value):
             raise InputError(f"--config.{name}", f"{value} is not finite", "give a finite number")
     for name in _ABOVE_ZERO:
-        value = _get(config, name)
+        value = get(config, name)
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"--config.{name}", f"{value} is out of range", "it must be above 0")
     _check_data(config.data)
@@ -499,7 +278,7 @@ def _check_input(config: ConfigDict) -> None:
 
 def _check_model(model: ConfigDict) -> None:
     for name in ("head_dropout", "config.hidden_dropout", "config.attention_dropout"):
-        rate = _get(model, name)
+        rate = get(model, name)
         if not 0 <= rate < 1:
             raise InputError(
                 f"--config.model.{name}", f"{rate} is out of range", "it can be 0 to below 1"
@@ -525,7 +304,9 @@ def _check_mesh(mesh: ConfigDict) -> None:
     for axis, size in sizes.items():
         if size != -1 and size < 1:
             raise InputError(
-                f"--config.mesh.{axis}", f"{size} devices", "it can be 1 or more, or -1 for the rest"
+                f"--config.mesh.{axis}",
+                f"{size} devices",
+                "it can be 1 or more, or -1 for the rest",
             )
     if (free := [axis for axis, size in sizes.items() if size == -1])[1:]:
         raise InputError(
