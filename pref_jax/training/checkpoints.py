@@ -1,0 +1,578 @@
+"""Checkpoints: written in the background, committed in one step, checked before use.
+
+Orbax writes the arrays of a step into a temporary folder. Before it renames that folder to
+``STEP``, a callback forces the files to the disk and adds ``manifest.json``: the SHA-256 of
+every file, the shapes of the leaves and the caller's ``info``. So a folder with a manifest is a
+whole checkpoint, and a flipped bit, which Orbax restores in silence, is found.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging as standard_logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from pref_jax.errors import InputError, RunError
+from pref_jax.training.workdir import plain, sync_folder, write_durably
+
+_MANIFEST = "manifest.json"
+# Orbax rewrites these two in the step's folder while it commits, after the manifest.
+_UNHASHED = ("_CHECKPOINT_METADATA", "commit_success.txt")
+_NONE_NEWER = np.iinfo(np.int32).max
+
+
+class _Damage(Exception):
+    """Why a checkpoint cannot be used."""
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    step: int
+    info: dict[str, Any]
+    leaves: dict[str, tuple[tuple[int, ...], str]]  # name -> shape, dtype
+    files: dict[str, tuple[int, str]]  # path below the step's folder -> bytes, SHA-256
+
+
+class Checkpoints:
+    """The checkpoints of one run, in ``directory/STEP``.
+
+    A state is any tree of arrays. Its leaves are stored under their paths ("params/head/bias"),
+    so that a checkpoint does not depend on the classes that hold them.
+
+    Args:
+      directory: is made where it is missing.
+      keep: how many of the newest checkpoints stay; the best one stays besides.
+      metric: the entry of ``info`` whose lowest value is the best; None or absent: not measured.
+      read_only: leaves everything as it is, for reading beside a run that is writing.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep: int,
+        metric: str = "valid_loss",
+        read_only: bool = False,
+    ) -> None:
+        if keep < 1:
+            raise InputError("--config.checkpoint.keep", f"is {keep}", "keep at least 1 checkpoint")
+        self.directory = Path(directory).absolute()
+        self._keep, self._metric, self._read_only = keep, metric, read_only
+        self._pending: _Manifest | None = None
+        self._infos: dict[int, dict[str, Any]] = {}
+        if not read_only:
+            self._clean()
+
+    # Writing.
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        info: Mapping[str, Any],
+        *,
+        before: Callable[[], None] | None = None,
+    ) -> bool:
+        """Starts to write a checkpoint and returns while the disk works.
+
+        The arrays are copied before this returns, so the caller may donate them. Waits for the
+        save before, if that is still going on. Where ``step`` is there already, the state is
+        taken to be the same and only ``info`` is renewed.
+
+        Args:
+          step: updates done.
+          state: tree of jax or numpy arrays, with any shardings.
+          info: what JSON can hold, and the metric.
+          before: called first; what it makes durable (metric lines up to ``step``) is never
+            behind a checkpoint.
+
+        Returns:
+          whether the state was written.
+
+        Raises:
+          RunError: this or the former save failed; the older checkpoints are as they were.
+        """
+        if before is not None:
+            before()
+        self.wait()
+        described = plain(info)
+        if step in self.steps():
+            self._renew_info(step, described)
+            return False
+        import orbax.checkpoint as ocp
+
+        leaves = _name_leaves(state)
+        self._pending = _Manifest(
+            step=step,
+            info=described,
+            leaves={name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in leaves.items()},
+            files={},
+        )
+        self._infos[step] = described
+        # Orbax writes no array without elements; there is nothing in it to restore.
+        filled = {name: leaf for name, leaf in leaves.items() if leaf.size}
+        try:
+            self._manager.save(
+                step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(filled)), force=True
+            )
+        except Exception as error:
+            raise self._save_error(step, error) from error
+        return True
+
+    def wait(self) -> None:
+        """Returns once the save in progress is on the disk.
+
+        Raises:
+          RunError: it failed.
+        """
+        if self._pending is None:
+            return
+        step = self._pending.step
+        try:
+            self._manager.wait_until_finished()
+            if jax.process_index() == 0:
+                sync_folder(self.directory)
+        except Exception as error:
+            raise self._save_error(step, error) from error
+        self._pending = None
+
+    def close(self) -> None:
+        """Waits, then ends Orbax's threads."""
+        try:
+            self.wait()
+        finally:
+            if "_manager" in self.__dict__:
+                with contextlib.suppress(Exception):  # wait() has raised what failed
+                    self._manager.close()
+                del self.__dict__["_manager"]
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # Reading.
+
+    def steps(self) -> list[int]:
+        """The committed checkpoints, in order."""
+        if not self.directory.is_dir():
+            return []
+        names = (entry.name for entry in os.scandir(self.directory) if entry.is_dir())
+        return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
+
+    def infos(self) -> dict[int, dict[str, Any]]:
+        """The ``info`` of every checkpoint with a readable manifest, by step; no array is read."""
+        found = {}
+        for step in self.steps():
+            with contextlib.suppress(_Damage):
+                found[step] = _read_manifest(self.directory / str(step)).info
+        return found
+
+    def best_step(self) -> int | None:
+        """The checkpoint with the lowest metric, the earliest of equals; None: none measured."""
+        return _find_best(self.infos(), self._metric)
+
+    def restore_latest(self, abstract_state: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """The newest checkpoint that is whole; None where there is none.
+
+        A damaged one is skipped with a warning and moved to ``damaged/`` beside ``directory``.
+        Several processes agree on the newest step that is whole for all of them.
+
+        Args:
+          abstract_state: as for `restore`.
+
+        Returns:
+          step, state and info.
+
+        Raises:
+          InputError: the checkpoint holds another state than ``abstract_state``.
+        """
+        self.wait()
+        newest = _NONE_NEWER
+        while True:
+            step = self._newest_whole(newest)
+            steps = _gather(step)
+            newest = min(steps)
+            if max(steps) == newest:
+                break
+        if newest < 0:
+            return None
+        if not self._read_only and jax.process_index() == 0:
+            for later in [step for step in self.steps() if step > newest]:
+                self._set_aside(later, "another process does not have it")
+        try:
+            state, info = self._read(newest, abstract_state)
+        except _Damage as damage:
+            # The hashes are right and Orbax cannot read it: its own unhashed file is broken.
+            self._skip(newest, damage)
+            return self.restore_latest(abstract_state)
+        return newest, state, info
+
+    def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+        """One checkpoint, bit for bit.
+
+        Args:
+          abstract_state: tree of `jax.ShapeDtypeStruct`. A leaf with a sharding comes back as a
+            jax array under that sharding, whatever it was saved under; one without as numpy.
+
+        Returns:
+          state and info.
+
+        Raises:
+          InputError: no such checkpoint, a damaged one, or one that holds another state.
+        """
+        self.wait()
+        folder = self.directory / str(step)
+        remedy = f"use one of the steps {self.steps()}"
+        if not folder.is_dir():
+            raise InputError(str(folder), "there is no such checkpoint", remedy)
+        try:
+            _verify(folder)
+            return self._read(step, abstract_state)
+        except _Damage as damage:
+            raise InputError(str(folder), f"the checkpoint is damaged: {damage}", remedy) from None
+
+    # The parts.
+
+    @functools.cached_property
+    def _manager(self) -> Any:
+        import orbax.checkpoint as ocp
+
+        _quiet_orbax()
+        policies = ocp.checkpoint_managers
+        return ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [policies.LatestN(self._keep), _Best(self._infos, self._metric)]
+                ),
+                async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
+                # Steps are found by their folders alone: a broken metadata file must not keep a
+                # run from starting.
+                lightweight_initialize=True,
+                save_root_metadata=False,
+                read_only=self._read_only,
+            ),
+        )
+
+    def _seal(self) -> None:
+        """Adds the manifest to the folder that Orbax is about to rename."""
+        pending = self._pending
+        if pending is None or jax.process_index() != 0:
+            return
+        folders = [
+            entry
+            for entry in self.directory.iterdir()
+            if entry.name == str(pending.step) or entry.name.startswith(f"{pending.step}.")
+        ]
+        if len(folders) != 1:
+            raise FileNotFoundError(f"no folder to seal for step {pending.step}")
+        (folder,) = folders
+        files = {}
+        for path in _walk(folder):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                files[path.relative_to(folder).as_posix()] = (file.tell(), digest)
+        for below, _, _ in os.walk(folder):
+            sync_folder(Path(below))
+        manifest = _Manifest(pending.step, pending.info, pending.leaves, files)
+        write_durably(folder / _MANIFEST, _encode(manifest))
+
+    def _renew_info(self, step: int, info: dict[str, Any]) -> None:
+        self._infos[step] = info
+        if jax.process_index() != 0:
+            return
+        folder = self.directory / str(step)
+        try:
+            manifest = _read_manifest(folder)
+        except _Damage as damage:
+            raise RunError(
+                str(folder), f"is damaged: {damage}", "run the same command again"
+            ) from damage
+        if manifest.info != info:
+            renewed = _Manifest(step, info, manifest.leaves, manifest.files)
+            write_durably(folder / _MANIFEST, _encode(renewed))
+
+    def _save_error(self, step: int, error: Exception) -> RunError:
+        """Forgets the failed save, so that what is on the disk is all that is known."""
+        self._pending = None
+        self._infos.pop(step, None)
+        manager = self.__dict__.pop("_manager", None)
+        if manager is not None:
+            with contextlib.suppress(Exception):
+                manager.close()
+        if jax.process_index() == 0:
+            with contextlib.suppress(OSError):
+                self._remove_unfinished()
+        return RunError(
+            str(self.directory / str(step)),
+            f"the checkpoint could not be written ({_reason(error)})",
+            "make room on the disk or mend its permissions, then run the same command again",
+        )
+
+    def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+        """A verified checkpoint's state and info."""
+        import orbax.checkpoint as ocp
+
+        folder = self.directory / str(step)
+        manifest = _read_manifest(folder)
+        wanted = _name_leaves(abstract_state)
+        _compare_leaves(folder, manifest.leaves, wanted)
+        filled = {name: leaf for name, leaf in wanted.items() if np.prod(leaf.shape)}
+        restore_args = {
+            name: ocp.RestoreArgs(restore_type=np.ndarray)
+            if _sharding(leaf) is None
+            else ocp.ArrayRestoreArgs(
+                sharding=_sharding(leaf), global_shape=leaf.shape, dtype=leaf.dtype
+            )
+            for name, leaf in filled.items()
+        }
+        if step not in self._manager.all_steps():
+            self._manager.reload()
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeRestore(item=filled, restore_args=restore_args)
+                ),
+            ).state
+        except Exception as error:
+            raise _Damage(_reason(error)) from error
+        leaves = []
+        for name, leaf in wanted.items():
+            if name in restored:
+                leaves.append(restored[name])
+            else:
+                empty = np.zeros(leaf.shape, leaf.dtype)
+                sharding = _sharding(leaf)
+                leaves.append(empty if sharding is None else jax.device_put(empty, sharding))
+        state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
+        return state, manifest.info
+
+    def _newest_whole(self, newest: int) -> int:
+        """The newest step up to ``newest`` that passes its check; -1: none."""
+        for step in reversed([step for step in self.steps() if step <= newest]):
+            try:
+                _verify(self.directory / str(step))
+                return step
+            except _Damage as damage:
+                self._skip(step, damage)
+        return -1
+
+    def _skip(self, step: int, damage: _Damage) -> None:
+        if self._read_only:
+            logging.warning("checkpoint %d is skipped: %s", step, damage)
+        elif jax.process_index() == 0:
+            self._set_aside(step, str(damage))
+
+    def _set_aside(self, step: int, reason: str) -> None:
+        """Moves a checkpoint away, so that its step can be written again."""
+        aside = self.directory.parent / "damaged" / str(step)
+        logging.warning("checkpoint %d is skipped: %s; moved to %s", step, reason, aside)
+        try:
+            aside.parent.mkdir(exist_ok=True)
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(self.directory / str(step), aside)
+        except OSError as error:
+            raise RunError(
+                str(self.directory / str(step)),
+                f"is damaged and cannot be moved away ({error.strerror})",
+                "remove it, then run the same command again",
+            ) from error
+        self._infos.pop(step, None)
+        self.__dict__.pop("_manager", None)  # it still lists the step
+
+    def _clean(self) -> None:
+        """Removes what a killed run left half written or half deleted."""
+        if jax.process_index() == 0:
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                self._remove_unfinished()
+            except OSError as error:
+                raise InputError(
+                    str(self.directory),
+                    f"cannot be written ({error.strerror})",
+                    "mend its permissions or give another --workdir",
+                ) from error
+        whole = 0
+        for step in reversed(self.steps()):
+            folder = self.directory / str(step)
+            try:
+                self._infos[step] = _verify_sizes(folder).info
+                whole += 1
+            except _Damage as damage:
+                if jax.process_index() != 0:
+                    continue
+                if whole >= self._keep:  # its time was over: a removal was cut short
+                    shutil.rmtree(folder, ignore_errors=True)
+                else:
+                    self._set_aside(step, str(damage))
+
+    def _remove_unfinished(self) -> None:
+        for entry in self.directory.iterdir():
+            if entry.name.partition(".")[0].isdecimal() and "orbax-checkpoint-tmp" in entry.name:
+                shutil.rmtree(entry, ignore_errors=True)
+
+
+@dataclass
+class _Best:
+    """Orbax preservation policy: the best step stays.
+
+    Its own `BestN` reads the metric from Orbax's files, keeps every checkpoint that was not
+    measured, and prefers the latest of equals.
+    """
+
+    infos: dict[int, dict[str, Any]]
+    metric: str
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        present = {one.step: self.infos.get(one.step, {}) for one in checkpoints}
+        best = _find_best(present, self.metric)
+        return [one.step == best for one in checkpoints]
+
+
+def _find_best(infos: Mapping[int, Mapping[str, Any]], metric: str) -> int | None:
+    measured = []
+    for step, info in infos.items():
+        value = info.get(metric)
+        if isinstance(value, int | float) and not isinstance(value, bool) and value == value:
+            measured.append((value, step))
+    return min(measured)[1] if measured else None
+
+
+def _encode(manifest: _Manifest) -> bytes:
+    """JSON whose last entry is the SHA-256 of the text without it."""
+    content = {
+        "step": manifest.step,
+        "info": manifest.info,
+        "leaves": {name: [list(shape), dtype] for name, (shape, dtype) in manifest.leaves.items()},
+        "files": {name: list(entry) for name, entry in sorted(manifest.files.items())},
+    }
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return json.dumps({**content, "sha256": digest}).encode() + b"\n"
+
+
+def _read_manifest(folder: Path) -> _Manifest:
+    try:
+        content = json.loads((folder / _MANIFEST).read_bytes())
+        digest = content.pop("sha256")
+        if hashlib.sha256(json.dumps(content).encode()).hexdigest() != digest:
+            raise _Damage(f"{_MANIFEST} was changed")
+        return _Manifest(
+            step=content["step"],
+            info=content["info"],
+            leaves={
+                name: (tuple(shape), dtype) for name, (shape, dtype) in content["leaves"].items()
+            },
+            files={name: (size, digest) for name, (size, digest) in content["files"].items()},
+        )
+    except FileNotFoundError:
+        raise _Damage(f"{_MANIFEST} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _Damage(f"{_MANIFEST} cannot be read ({_reason(error)})") from error
+
+
+def _verify_sizes(folder: Path) -> _Manifest:
+    """Finds missing and truncated files, without reading them."""
+    manifest = _read_manifest(folder)
+    for name, (size, _) in manifest.files.items():
+        try:
+            present = (folder / name).stat().st_size
+        except OSError:
+            raise _Damage(f"{name} is missing") from None
+        if present != size:
+            raise _Damage(f"{name} has {present} bytes instead of {size}")
+    return manifest
+
+
+def _verify(folder: Path) -> None:
+    """Compares every file with the manifest."""
+    for name, (_, expected) in _verify_sizes(folder).files.items():
+        try:
+            with (folder / name).open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise _Damage(f"{name} cannot be read ({error.strerror})") from error
+        if digest != expected:
+            raise _Damage(f"{name} was changed")
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for below, _, names in os.walk(folder):
+        for name in names:
+            path = Path(below) / name
+            if path.parent != folder or name not in (*_UNHASHED, _MANIFEST):
+                yield path
+
+
+def _name_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their paths, in the tree's order."""
+    named = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        name = jax.tree_util.keystr(path, simple=True, separator="/") or "state"
+        if name in named:
+            raise ValueError(f"two leaves of the state are called {name}")
+        named[name] = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
+    return named
+
+
+def _sharding(leaf: Any) -> Any:
+    return getattr(leaf, "sharding", None)
+
+
+def _compare_leaves(
+    folder: Path, saved: Mapping[str, tuple[tuple[int, ...], str]], wanted: Mapping[str, Any]
+) -> None:
+    remedy = "resume with the config that the run was started with, or give another --workdir"
+    missing, surplus = wanted.keys() - saved.keys(), saved.keys() - wanted.keys()
+    for names, what in ((missing, "lacks"), (surplus, "has, and this run does not want,")):
+        if names:
+            first = sorted(names)[0]
+            others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise InputError(str(folder), f"the checkpoint {what} {first}{others}", remedy)
+    for name, leaf in wanted.items():
+        shape, dtype = saved[name]
+        if shape != tuple(leaf.shape) or dtype != str(leaf.dtype):
+            raise InputError(
+                str(folder),
+                f"{name} is {dtype}{list(shape)} and this run wants {leaf.dtype}{list(leaf.shape)}",
+                remedy,
+            )
+
+
+def _gather(step: int) -> list[int]:
+    """The value of ``step`` in every process."""
+    if jax.process_count() == 1:
+        return [step]
+    from jax.experimental import multihost_utils
+
+    return [int(one) for one in np.ravel(multihost_utils.process_allgather(np.int32(step)))]
+
+
+def _reason(error: BaseException) -> str:
+    """An error's text on one line, short: tensorstore adds whole specs to some."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _quiet_orbax() -> None:
+    """Drops Orbax's log lines: it logs a traceback for what is raised here as one line."""
+    logger = standard_logging.getLogger("absl")
+    if _not_from_orbax not in logger.filters:
+        logger.addFilter(_not_from_orbax)
+
+
+def _not_from_orbax(record: standard_logging.LogRecord) -> bool:
+    return f"{os.sep}orbax{os.sep}" not in record.pathname

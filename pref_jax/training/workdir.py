@@ -1,0 +1,385 @@
+"""A run's folder: who holds it, what it was started with, what came out.
+
+This module imports nothing heavy, so that a wrong or busy folder is refused at once.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shlex
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from pref_jax.errors import InputError, RunError
+
+# What may differ between the run that started a folder and the one that goes on in it: none of
+# these shapes the result. A prefix stands for everything below it.
+FREE_FIELDS = ("train.max_hours", "logging", "mesh")
+# Files that only a run leaves; without a config.json beside them nobody can say which run's.
+_TRACES = ("checkpoints", "metrics.jsonl", "result.json")
+_PACKAGES = (
+    *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "clu", "datasets"),
+    *("pyarrow", "tokenizers", "tensorflow", "tensorflow-text"),
+)
+
+
+class Workdir:
+    """A run's folder, held by one process at a time.
+
+    ``with Workdir(path) as workdir:`` makes the folder where it is missing and takes it; the
+    kernel gives it back however the process ends. Reading needs no ``with``.
+
+    Raises:
+      InputError: the path is a file, cannot be written, holds something else than a run, or is
+        held by another process, which is then named.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._lock: int | None = None
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def checkpoints_path(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def result_path(self) -> Path:
+        return self.path / "result.json"
+
+    def __enter__(self) -> Self:
+        self.acquire()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+    def acquire(self) -> None:
+        """Makes the folder and takes it; at once, or an `InputError` that names the holder."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise InputError(
+                str(self.path), "is, or lies below, a file", "give --workdir a folder"
+            ) from error
+        except OSError as error:
+            raise InputError(
+                str(self.path),
+                f"cannot be written ({error.strerror})",
+                "give --workdir a folder that you may write",
+            ) from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = _read_holder(lock)
+            os.close(lock)
+            raise InputError(
+                str(self.path),
+                f"is in use by {holder}",
+                "wait for that run, end it, or give another --workdir",
+            ) from error
+        except OSError as error:
+            os.close(lock)
+            raise InputError(
+                str(self.path),
+                f"cannot be locked ({error.strerror})",
+                "give --workdir a folder on a file system with locks",
+            ) from error
+        try:
+            self._refuse_foreign()
+            if not os.access(self.path, os.W_OK | os.X_OK):
+                raise InputError(
+                    str(self.path),
+                    "cannot be written",
+                    "give --workdir a folder that you may write",
+                )
+            holder_text = json.dumps(
+                {
+                    "pid": os.getpid(),
+                    "host": socket.gethostname(),
+                    "command": shlex.join(sys.argv),
+                    "since": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+                }
+            )
+            with contextlib.suppress(OSError):  # a full disk: the lock itself needs no room
+                os.ftruncate(lock, 0)
+                os.pwrite(lock, holder_text.encode(), 0)
+        except BaseException:
+            os.close(lock)
+            raise
+        self._lock = lock
+
+    def release(self) -> None:
+        """Gives the folder back. The lock file stays: removing it could let two processes in."""
+        if self._lock is not None:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._lock, 0)
+            os.close(self._lock)
+            self._lock = None
+
+    def _refuse_foreign(self) -> None:
+        if self.config_path.exists():
+            self.read_config()
+            return
+        for name in _TRACES:
+            if (self.path / name).exists():
+                raise InputError(
+                    str(self.path),
+                    f"holds {name} but no config.json, so it cannot be told which run it belongs to",
+                    "give another --workdir, or remove the old files",
+                )
+
+    def read_config(self) -> dict[str, Any]:
+        """The resolved config that the run was started with."""
+        if not self.path.is_dir():
+            raise InputError(str(self.path), "is no folder", "give the --workdir of a run")
+        config = read_json(self.config_path, "give the --workdir of a run")
+        if not all(isinstance(config.get(section), dict) for section in ("data", "model", "train")):
+            raise InputError(
+                str(self.config_path),
+                "is not the config of a run of this project",
+                "give another --workdir",
+            )
+        return config
+
+    def settle_config(
+        self, config: Mapping[str, Any], free: Sequence[str] = FREE_FIELDS
+    ) -> dict[str, Any] | None:
+        """Writes ``config``, after comparing it with the one that a former run left.
+
+        Returns the former config, or None where the folder is new.
+        """
+        former = self.read_config() if self.config_path.exists() else None
+        if former is not None:
+            compare_config(former, config, free, where=str(self.config_path))
+        write_json(self.config_path, config)
+        return former
+
+    def write_environment(self, environment: Mapping[str, Any]) -> None:
+        write_json(self.path / "environment.json", environment)
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        write_json(self.result_path, result)
+
+    def read_result(self) -> dict[str, Any] | None:
+        """What the finished run wrote, or None where it has not finished."""
+        if not self.result_path.exists():
+            return None
+        return read_json(self.result_path, "remove it and run the same command again")
+
+
+def compare_config(
+    saved: Mapping[str, Any],
+    new: Mapping[str, Any],
+    free: Sequence[str] = FREE_FIELDS,
+    *,
+    where: str = "config.json",
+) -> None:
+    """Refuses to go on with a run under a config that would give another result.
+
+    Args:
+      saved: the config that the run was started with, as read from JSON.
+      new: the config of this command.
+      free: dotted prefixes of fields that may differ.
+
+    Raises:
+      InputError: names every field that differs, with both values.
+    """
+    before, after = dict(_flatten(plain(saved))), dict(_flatten(plain(new)))
+    different = []
+    for field in sorted(before.keys() | after.keys()):
+        if any(field == prefix or field.startswith(f"{prefix}.") for prefix in free):
+            continue
+        was, now = (_show(side, field) for side in (before, after))
+        if was != now:
+            different.append(f"{field} was {was} and is now {now}")
+    if different:
+        raise InputError(
+            where,
+            f"the run in this folder has another config: {', '.join(different)}",
+            "type the former values to go on with it, or give another --workdir",
+        )
+
+
+def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and (value or not prefix):
+        for name, part in value.items():
+            yield from _flatten(part, f"{prefix}.{name}" if prefix else str(name))
+    else:
+        yield prefix, value
+
+
+def _show(fields: Mapping[str, Any], field: str) -> str:
+    if field not in fields:
+        return "absent"
+    value = fields[field]
+    # 1 and 1.0 are one value: JSON readers and flag parsers differ in which they make.
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        value = int(value)
+    return json.dumps(value)
+
+
+def describe_environment(
+    devices: Sequence[Any] = (), *, process_index: int = 0, process_count: int = 1
+) -> dict[str, Any]:
+    """What a reader of the results needs to know of the machine.
+
+    Args:
+      devices: ``jax.devices()``; passed in, because this module does not import jax.
+    """
+    versions = {"python": platform.python_version()}
+    for package in ("pref_jax", *_PACKAGES):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    kinds: dict[str, int] = {}
+    for device in devices:
+        kinds[device.device_kind] = kinds.get(device.device_kind, 0) + 1
+    return {
+        "versions": versions,
+        "backend": devices[0].platform if devices else None,
+        "devices": [{"kind": kind, "count": count} for kind, count in kinds.items()],
+        "process_index": process_index,
+        "process_count": process_count,
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "cpu": {"model": _cpu_model(), "cores": _usable_cores()},
+        "command": list(sys.argv),
+        "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _cpu_model() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON holds it: numpy numbers as Python's, tuples as lists, paths as text.
+
+    JSON has no number for NaN and the infinities; they become the texts "NaN", "Infinity" and
+    "-Infinity", which Python's ``float()`` reads back.
+    """
+    if isinstance(value, Mapping):
+        return {str(name): plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(part) for part in value]
+    if isinstance(value, bool | int | str) or value is None:
+        return value
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return float(value)
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):  # numpy and jax arrays and scalars
+        return plain(value.tolist())
+    if hasattr(value, "to_dict"):  # ml_collections
+        return plain(value.to_dict())
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes ``value`` so that ``path`` holds either the old or the new text, whatever happens.
+
+    Raises:
+      RunError: the text could not be written (disk full).
+    """
+    text = json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_durably(path, text.encode("utf-8", errors="replace"))
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Replaces the bytes of ``path`` in one step that survives a kill and a power cut."""
+    temporary: str | None = None
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            os.fchmod(file.fileno(), 0o644)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        temporary = None
+        sync_folder(path.parent)
+    except OSError as error:
+        raise write_error(path, error) from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames inside ``folder`` durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_error(path: Path, error: OSError) -> RunError:
+    """The one line for a write that failed."""
+    return RunError(
+        str(path),
+        f"cannot be written ({error.strerror or error})",
+        "make room or mend the permissions, then run the same command again",
+    )
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      InputError: no such file, or no JSON object in it.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise InputError(str(path), "is missing", remedy) from error
+    except OSError as error:
+        raise InputError(str(path), f"cannot be read ({error.strerror})", remedy) from error
+    except ValueError as error:
+        raise InputError(str(path), f"is not JSON ({error})", remedy) from error
+    if not isinstance(value, dict):
+        raise InputError(str(path), "is not a JSON object", remedy)
+    return value
+
+
+def _read_holder(lock: int) -> str:
+    try:
+        holder = json.loads(os.pread(lock, 65536, 0))
+        return (
+            f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+            f" ({ascii(holder['command'])[1:-1]})"
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
