@@ -202,8 +202,15 @@ def _is_empty(cell: Any) -> bool:
 
 
 def _json_type(value: Any) -> str:
-    names = {bool: "true or false", int: "a number", float: "a number", str: "a single text"}
-    return names.get(type(value), {dict: "an object", list: "a list"}.get(type(value), "a value"))
+    names: dict[type, str] = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "a single text",
+        dict: "an object",
+        list: "a list",
+    }
+    return names.get(type(value), "a value")
 
 
 # Files

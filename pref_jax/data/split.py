@@ -133,12 +133,12 @@ def _groups(
     comparisons: Comparisons, seed: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Distinct groups, rows of each, group of each row, and the seed's order of the groups."""
-    unique, member, sizes = np.unique(
-        comparisons.groups, return_inverse=True, return_counts=True
-    )
+    unique, member, sizes = np.unique(comparisons.groups, return_inverse=True, return_counts=True)
     if len(unique) < 2:
         raise InputError(
-            comparisons.path, "all rows have the same prompt, so no group can be held out", _OWN_FILE
+            comparisons.path,
+            "all rows have the same prompt: no group can be held out",
+            _OWN_FILE,
         )
     keys = [_hash(seed, group.tobytes()) for group in unique]
     return unique, sizes, member, np.argsort(keys, kind="stable")
