@@ -1,0 +1,148 @@
+"""Scoring rows with a trained model."""
+
+import collections
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from pref_jax import mesh as meshes
+from pref_jax.data.batches import Geometry, Samples, Update, prediction_batches, update_shapes
+from pref_jax.training.step import abstract_update, make_predict_step
+
+# Packed microbatches per call of the compiled function.
+_MICROBATCHES = 8
+
+
+class Predictor:
+    """The compiled forward pass over packed rows: one compilation, whatever the rows.
+
+    Attributes:
+      compilations: how often the function was traced; 1 after the first use.
+      shapes: ``(K, B)`` of each bucket.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mesh: Mesh,
+        geometry: Geometry,
+        *,
+        microbatch_size: int,
+        abstract_params: Any,
+    ) -> None:
+        self._mesh, self._geometry, self._abstract_params = mesh, geometry, abstract_params
+        one = update_shapes(geometry, 1, meshes.batch_shards(mesh), microbatch_size)
+        self.shapes = tuple((_MICROBATCHES, units) for _, units in one)
+        self.compilations = 0
+        predict = make_predict_step(model)
+
+        def counted(params: Any, update: Update) -> tuple[jax.Array, ...]:
+            self.compilations += 1
+            return predict(params, update)
+
+        self._function = jax.jit(counted, out_shardings=meshes.replicated(mesh))
+        self._compiled: Callable[[Any, Update], tuple[jax.Array, ...]] | None = None
+
+    def compile(self) -> Any:
+        """Compiles ahead of the first use; returns the executable."""
+        if self._compiled is None:
+            update = abstract_update(
+                self.shapes,
+                self._geometry,
+                meshes.batch_sharding(self._mesh, 1),
+                meshes.replicated(self._mesh),
+            )
+            self._compiled = self._function.lower(self._abstract_params, update).compile()
+        return self._compiled
+
+    def logits(
+        self,
+        params: Any,
+        samples: Samples,
+        numbers: np.ndarray,
+        *,
+        report: Callable[[int], None] | None = None,
+    ) -> np.ndarray:
+        """Float32 logits ``[n, 3]`` of the samples numbered ``numbers``, in that order.
+
+        Args:
+          params: parameters, placed as the predictor's abstract parameters say.
+          samples: where the rows come from.
+          numbers: which of them.
+          report: is told how many more rows are done.
+        """
+        compiled = self.compile()
+        numbers = np.asarray(numbers)
+        place = np.full(len(samples.labels), -1, np.int64)
+        place[numbers] = np.arange(len(numbers))
+        result = np.full((len(numbers), 3), np.nan, np.float32)
+        under_way: collections.deque = collections.deque()
+
+        def collect() -> None:
+            update, outputs = under_way.popleft()
+            done = 0
+            for packed, logits in zip(update.buckets, outputs, strict=True):
+                filled = packed.samples >= 0
+                result[place[packed.samples[filled]]] = np.asarray(logits)[filled]
+                done += int(filled.sum())
+            if report is not None:
+                report(done)
+
+        # One batch runs while the next one is packed.
+        for update in prediction_batches(samples, numbers, self._geometry, self.shapes):
+            under_way.append((update, compiled(params, place_update(update, self._mesh))))
+            if len(under_way) > 1:
+                collect()
+        while under_way:
+            collect()
+        if np.isnan(result).any():
+            missing = int(np.isnan(result).any(axis=1).sum())
+            raise FloatingPointError(f"{missing} rows have logits that are not a number")
+        return result
+
+
+def place_update(update: Update, mesh: Mesh) -> Update:
+    """Puts a packed update onto the devices, units cut over the batch axes."""
+    units, scalar = meshes.batch_sharding(mesh, 1), meshes.replicated(mesh)
+    buckets = jax.tree.map(lambda array: meshes.place(array, units), update.buckets)
+    return Update(
+        buckets,
+        meshes.place(np.asarray(update.num_microbatches), scalar),
+        meshes.place(np.asarray(update.total_weight), scalar),
+    )
+
+
+def to_probabilities(
+    logits: np.ndarray, *, temperature: float = 1.0, tie_allowed: np.ndarray | None = None
+) -> np.ndarray:
+    """Softmax in float64.
+
+    Args:
+      logits: ``[n, 3]``.
+      temperature: divides the logits.
+      tie_allowed: bool ``[n]``; where false the tie gets (next to) nothing. None: everywhere.
+    """
+    scaled = np.asarray(logits, np.float64) / temperature
+    if tie_allowed is not None:
+        scaled[~np.asarray(tie_allowed), 2] = -1e30
+    scaled -= scaled.max(axis=1, keepdims=True)
+    weights = np.exp(scaled)
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def fit_temperature(logits: np.ndarray, labels: np.ndarray, tie_allowed: np.ndarray) -> float:
+    """The temperature with the least log loss on labelled rows (Guo et al. 2017, section 4.2)."""
+    from scipy.optimize import minimize_scalar
+
+    def loss(log_temperature: float) -> float:
+        probabilities = to_probabilities(
+            logits, temperature=float(np.exp(log_temperature)), tie_allowed=tie_allowed
+        )
+        chosen = probabilities[np.arange(len(labels)), labels]
+        return float(-np.log(np.maximum(chosen, 1e-15)).mean())
+
+    return float(np.exp(minimize_scalar(loss, bounds=(-2.5, 2.5), method="bounded").x))
