@@ -13,7 +13,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#44
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 MOST_SLICES = 12
 _GREY, _INK, _FAINT = "#6b7280", "#1f2937", "#e5e7eb"
-_WIDTH = 6.0  # inches; narrow, so that the text stays readable on a telephone
+_WIDTH = 5.2  # inches; narrow, so that the text stays readable on a telephone
 _REFERENCES = {
     "uniform": ("uniform", ":"),
     "prior": ("prior", "--"),
@@ -21,7 +21,7 @@ _REFERENCES = {
     "bayes": ("best possible", "-"),
 }
 _STYLE: Any = {
-    "font.size": 11,
+    "font.size": 11.5,
     "axes.edgecolor": _GREY,
     "axes.labelcolor": _INK,
     "axes.spines.top": False,
@@ -35,7 +35,7 @@ _STYLE: Any = {
     "xtick.labelcolor": _INK,
     "ytick.labelcolor": _INK,
     "legend.frameon": False,
-    "legend.fontsize": 10,
+    "legend.fontsize": 10.5,
     "text.parse_math": False,  # a $ in a run's name is a dollar
 }
 
@@ -56,7 +56,7 @@ def draw_log_loss(
             xytext=(0, 9),
             textcoords="offset points",
             ha="center",
-            fontsize=10,
+            fontsize=10.5,
         )
     _draw_references(axes.axvline, references)
     axes.set_yticks(range(len(scores)), [_shorten(name) for name in scores])
@@ -122,7 +122,7 @@ def draw_confusion(confusions: Mapping[str, Sequence[Sequence[int]]]) -> bytes:
     """Name -> counts [3, 3], rows the truth; shades are shares of a row."""
     columns = min(2, len(confusions))
     lines = math.ceil(len(confusions) / columns)
-    figure, axes = _start(3.1 * lines if columns == 2 else 4.4, lines, columns)
+    figure, axes = _start(2.8 * lines if columns == 2 else 4.2, lines, columns)
     for axis, (name, counts) in zip(axes, confusions.items(), strict=False):
         table = np.array(counts, float)
         share = table / np.maximum(table.sum(1, keepdims=True), 1)
@@ -135,8 +135,8 @@ def draw_confusion(confusions: Mapping[str, Sequence[Sequence[int]]]) -> bytes:
                     f"{share[truth, guess]:.0%}\n{int(table[truth, guess])}",
                     ha="center",
                     va="center",
-                    fontsize=10,
-                    color="white" if share[truth, guess] > 0.55 else _INK,
+                    fontsize=10.5,
+                    color="white" if share[truth, guess] > 0.66 else _INK,
                 )
         axis.set_xticks(range(3), ["A", "B", "tie"])
         axis.set_yticks(range(3), ["A", "B", "tie"])
@@ -181,7 +181,7 @@ def draw_slices(
     return _finish(figure)
 
 
-def smooth(values: Sequence[float], points: int = 40) -> list[float]:
+def smooth(values: Sequence[float], points: int = 20) -> list[float]:
     """Running mean over the last 1 / ``points`` of the curve, itself as long as the curve."""
     window = max(1, len(values) // points)
     total = np.cumsum([0.0, *values])
@@ -244,7 +244,7 @@ def _marker(place: int) -> str:
     return MARKERS[(place + place // len(COLORS)) % len(MARKERS)]
 
 
-def _shorten(name: str, length: int = 28) -> str:
+def _shorten(name: str, length: int = 26) -> str:
     """One line, its end kept (runs differ there), and no underscore first: those are not drawn."""
     line = " ".join(name.split())
     line = line if len(line) <= length else "…" + line[1 - length :]

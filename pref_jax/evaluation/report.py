@@ -305,7 +305,7 @@ def _render(runs: Sequence[Run], references: Mapping[str, float], drawn: list[Fi
     lines = [_summarise(run) for run in runs]
     known = [line for line in lines if line["log_loss"] is not None]
     best = min(known, key=lambda line: line["log_loss"], default=None)
-    rows = {tuple(run.predictions.ids) for run in runs if run.predictions is not None}
+    rows = {frozenset(run.predictions.ids) for run in runs if run.predictions is not None}
     return environment.from_string(template.read_text(encoding="utf-8")).render(
         runs=runs,
         lines=lines,
