@@ -44,7 +44,7 @@ for name in "$@"; do # a wrong name stops everything before anything is installe
 done
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-python="$root/.venv/bin/python"
+python="${PREF_JAX_VENV:-$root/.venv}/bin/python"
 if [[ ! -x "$python" ]]; then
   python=$(command -v python3 || command -v python) ||
     fail 1 "python: not found; type ./launch/quickstart.sh, which makes .venv"
