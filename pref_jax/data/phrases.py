@@ -5,8 +5,6 @@ A sentence is a template and the kinds of its slots in order: ``q`` a quality wo
 answer is about the question.
 """
 
-# ruff: noqa: RUF001
-
 from typing import NamedTuple
 
 

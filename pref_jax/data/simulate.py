@@ -176,7 +176,8 @@ def simulate(rows: int, test_rows: int, seed: int, output: str | os.PathLike[str
     """Writes the files of an arena.
 
     ``train.csv`` and ``test.csv`` in the competition's columns, ``test_labels.csv``,
-    ``annotations.jsonl`` and ``truth.json`` (log loss of the truth on both files). The same arguments give the same bytes.
+    ``annotations.jsonl`` and ``truth.json`` (log loss of the truth on both files). The same
+    arguments give the same bytes.
 
     Args:
       rows: rows of ``train.csv``, at least 1; its first 4,000 rows are annotated.
@@ -332,7 +333,7 @@ def _pick(generator: random.Random, values: Sequence[Any]) -> Any:
 
 
 def _prompt_turn(generator: random.Random, language: phrases.Language, topic: Sequence[str]) -> str:
-    words = 14.5 * math.exp(generator.gauss(0, 0.9))
+    words = 15.5 * math.exp(generator.gauss(0, 0.9))
     text = _fill(generator, _pick(generator, language.questions), topic, iter(()))
     while _count(text, language) + 6 < words:
         detail = _fill(generator, _pick(generator, language.details), topic, iter(()))
