@@ -1,0 +1,39 @@
+"""Measures the real training step, or prediction, on real rows, warm.
+
+Examples:
+  python launch/benchmark.py --config=configs/single_bert.py:minilm --config.data.train=train.csv
+  python launch/benchmark.py --config=configs/parallel_bert.py:minilm --mode=predict \
+      --config.data.train=train.csv --output=speed.json
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from pref_jax import command
+
+flags.DEFINE_enum("mode", "train", ["train", "predict"], "What to measure.")
+flags.DEFINE_integer("steps", 8, "Updates, or calls of the compiled prediction.", lower_bound=1)
+flags.DEFINE_integer("rows", None, "Rows of the file to use; all by default.", lower_bound=1)
+flags.DEFINE_string("output", None, "JSON file to write.")
+
+
+def main(options, config):
+    import json
+
+    from pref_jax.evaluation.files import check_output_file
+
+    if options.output is not None:
+        check_output_file(options.output)
+    from pref_jax.benchmark import benchmark
+
+    result = benchmark(config, mode=options.mode, steps=options.steps, rows=options.rows)
+    print(json.dumps(result, indent=2))
+    if options.output is not None:
+        from pref_jax.training.workdir import write_json
+
+        write_json(Path(options.output), result)
+
+
+if __name__ == "__main__":
+    command.run(main, doc=__doc__, config=True)

@@ -1,0 +1,27 @@
+"""Scores a run's best checkpoint on a labelled file, beside baselines and in slices.
+
+Examples:
+  python launch/evaluate.py --workdir=runs/quickstart --data=test_labelled.csv
+  python launch/evaluate.py --workdir=runs/mine --data=valid.csv --output=valid.json --swap_average
+"""
+
+from absl import flags
+
+from pref_jax import command
+
+flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+flags.DEFINE_string("data", None, "Labelled CSV, CSV.gz or Parquet.", required=True)
+flags.DEFINE_string("output", None, "JSON file to write.")
+flags.DEFINE_bool("swap_average", False, "Score both orders of the responses and average.")
+
+
+def main(options):
+    from pref_jax.evaluation.commands import evaluate
+
+    evaluate(
+        options.workdir, options.data, output=options.output, swap_average=options.swap_average
+    )
+
+
+if __name__ == "__main__":
+    command.run(main, doc=__doc__)

@@ -1,0 +1,547 @@
+"""The one place that turns a config into parts: data, model, mesh, optimizer, step.
+
+Everything below takes plain arguments; only this module reads the config.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax import traverse_util
+from ml_collections import ConfigDict
+
+from pref_jax import mesh as meshes
+from pref_jax.data.batches import Geometry, Samples, make_geometry
+from pref_jax.data.segments import Layout
+from pref_jax.errors import InputError
+from pref_jax.models.attention import choose_implementation
+from pref_jax.models.bert import EncoderConfig
+from pref_jax.models.classifiers import PreferenceClassifier
+from pref_jax.training.checkpoints import Checkpoints
+from pref_jax.training.precision import choose_precision
+from pref_jax.training.state import split_parameters, trainable_above
+from pref_jax.training.workdir import Workdir, read_json, write_json
+
+if TYPE_CHECKING:
+    from pref_jax.data.arena import Comparisons
+    from pref_jax.data.tokenizers import Tokenizer
+    from pref_jax.evaluation.predict import Predictor
+
+_MODEL_FILE = "model.json"
+_TOKENIZER_FOLDER = "tokenizer"
+_TOKENIZER_FILES = (
+    "vocab.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """Where the encoder comes from.
+
+    Attributes:
+      encoder: its architecture.
+      tokenizer_folder: folder with the tokenizer's files.
+      base: identity of the initial weights: ``kind`` ("random", "pretrained" or "run"),
+        ``source`` and, but for random weights, ``digest``.
+    """
+
+    encoder: EncoderConfig
+    tokenizer_folder: Path
+    base: dict[str, str]
+
+
+def make_layout(config: ConfigDict) -> Layout:
+    """The input layout of a config."""
+    section = config.input
+    return Layout(
+        name=section.layout,
+        max_length=section.max_length,
+        budget=tuple(section.budget),
+        reuse_unused=section.reuse_unused,
+        truncation=section.truncation,
+    )
+
+
+def find_backbone(config: ConfigDict, texts: "Comparisons") -> Backbone:
+    """Finds architecture, tokenizer and identity of the initial weights.
+
+    Args:
+      config: the run's config.
+      texts: training comparisons; without pretrained weights the vocabulary is learned from them.
+
+    Raises:
+      InputError: weights that are not there or do not fit.
+    """
+    section = config.model
+    if section.init_from is not None and section.pretrained is not None:
+        raise InputError(
+            "--config.model.init_from",
+            "model.pretrained is set too",
+            "start from one of them; the workdir brings its own architecture",
+        )
+    if section.init_from is not None:
+        workdir = Path(section.init_from)
+        encoder, _, _ = _read_model(workdir)
+        digest = _run_digest(workdir)
+        base = {"kind": "run", "source": str(section.init_from), "digest": digest}
+        return Backbone(_with_dropout(encoder, config), workdir / _TOKENIZER_FOLDER, base)
+    if section.pretrained is not None:
+        from pref_jax.weights.files import weights_digest
+        from pref_jax.weights.huggingface import read_encoder_config
+        from pref_jax.weights.sources import resolve_source
+
+        folder = resolve_source(section.pretrained)
+        encoder = read_encoder_config(folder, section.family)
+        base = {
+            "kind": "pretrained",
+            "source": section.pretrained,
+            "digest": weights_digest(folder),
+        }
+        return Backbone(_with_dropout(encoder, config), folder, base)
+
+    from pref_jax.data.tokenizers import load_tokenizer, train_wordpiece
+
+    numbers = section.config
+    if numbers.hidden_size % numbers.num_heads:
+        raise InputError(
+            "--config.model.config.num_heads",
+            f"{numbers.num_heads} does not divide hidden_size {numbers.hidden_size}",
+            "choose a divisor",
+        )
+    folder = train_wordpiece(_iterate_texts(texts), texts.digest)
+    vocab_size = load_tokenizer(folder).vocab_size
+    family = section.family or "bert"
+    encoder = EncoderConfig(
+        family=family,
+        vocab_size=numbers.vocab_size or vocab_size,
+        hidden_size=numbers.hidden_size,
+        num_layers=numbers.num_layers,
+        num_heads=numbers.num_heads,
+        intermediate_size=numbers.intermediate_size,
+        max_positions=numbers.max_positions,
+        type_vocab_size=2 if family == "bert" else 0,
+    )
+    return Backbone(
+        _with_dropout(encoder, config), folder, {"kind": "random", "source": str(config.seed)}
+    )
+
+
+def _with_dropout(encoder: EncoderConfig, config: ConfigDict) -> EncoderConfig:
+    numbers = config.model.config
+    return dataclasses.replace(
+        encoder,
+        hidden_dropout=float(numbers.hidden_dropout),
+        attention_dropout=float(numbers.attention_dropout),
+    )
+
+
+def _iterate_texts(comparisons: "Comparisons") -> Any:
+    for batch in comparisons.table.select(["prompt", "response_a", "response_b"]).to_batches(1000):
+        for column in batch.columns:
+            yield from column.to_pylist()
+
+
+def exchange_responses(comparisons: "Comparisons") -> "Comparisons":
+    """The same rows with A and B exchanged, labels included."""
+    import pyarrow as pa
+
+    table = comparisons.table
+    names = ["response_b" if name == "response_a" else name for name in table.column_names]
+    names[table.column_names.index("response_b")] = "response_a"
+    table = table.rename_columns(names)
+    labels = np.array([1, 0, 2, -1], np.int8)[table.column("label").to_numpy()]
+    at = table.column_names.index("label")
+    table = table.set_column(at, "label", pa.array(labels, pa.int8()))
+    return dataclasses.replace(comparisons, table=table, digest=f"{comparisons.digest}-exchanged")
+
+
+class Experiment:
+    """A config's model on a mesh, with its abstract parameters.
+
+    Attributes:
+      config, backbone: what it was made from.
+      layout, geometry: how rows become packed units.
+      mesh, precision, model: where, in which dtypes and what is computed.
+      abstract_params: nested dict of `jax.ShapeDtypeStruct` with shardings.
+    """
+
+    def __init__(self, config: ConfigDict, backbone: Backbone) -> None:
+        self.config, self.backbone = config, backbone
+        encoder = backbone.encoder
+        self.layout = make_layout(config)
+        if self.layout.name == "response":
+            raise InputError(
+                "--config.input.layout",
+                "'response' reads one response, and preferences need both",
+                "choose single or parallel",
+            )
+        if self.layout.max_length > encoder.max_positions:
+            raise InputError(
+                "--config.input.max_length",
+                f"{self.layout.max_length} is more than the model's {encoder.max_positions} "
+                "positions",
+                f"choose {encoder.max_positions} or less",
+            )
+        if config.model.frozen_layers > encoder.num_layers:
+            raise InputError(
+                "--config.model.frozen_layers",
+                f"{config.model.frozen_layers} is more than the {encoder.num_layers} layers",
+                f"choose {encoder.num_layers} or less",
+            )
+        self.mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        tensor = self.mesh.shape["tensor"]
+        if encoder.num_heads % tensor:
+            raise InputError(
+                "--config.mesh.tensor",
+                f"{tensor} does not divide {encoder.num_heads} attention heads",
+                "choose a divisor",
+            )
+        self.geometry: Geometry = make_geometry(
+            self.layout.max_length, self.layout.sides, packing=config.input.packing != "off"
+        )
+        device = self.mesh.devices.flat[0]
+        self.precision = choose_precision(config.train.precision, device)
+        self.model = PreferenceClassifier(
+            encoder,
+            head_dropout=float(config.model.head_dropout),
+            dtype=self.precision.compute,
+            remat=config.train.remat,
+        )
+        self.abstract_params = meshes.abstract_parameters(self._shapes(), self.mesh)
+
+    def _shapes(self) -> Any:
+        tokens = jax.ShapeDtypeStruct((1, self.layout.max_length), jnp.int32)
+        pool = jax.ShapeDtypeStruct((1, 1, self.layout.sides), jnp.int32)
+        return jax.eval_shape(self.model.init, jax.random.key(0), *[tokens] * 4, pool)["params"]
+
+    @property
+    def attention(self) -> str:
+        """The attention implementation in training, for the log."""
+        device = self.mesh.devices.flat[0]
+        return choose_implementation(device.platform, self.backbone.encoder.attention_dropout)
+
+    @functools.cached_property
+    def tokenizer(self) -> "Tokenizer":
+        """The tokenizer, checked against the model's table."""
+        from pref_jax.data.tokenizers import load_tokenizer
+
+        folder = self.backbone.tokenizer_folder
+        tokenizer = load_tokenizer(folder, self.config.input.tokenizer)
+        rows = self.backbone.encoder.vocab_size
+        if tokenizer.vocab_size > rows:
+            raise InputError(
+                str(folder),
+                f"the tokenizer knows {tokenizer.vocab_size} tokens, the model's table has "
+                f"{rows} rows",
+                "use the tokenizer that belongs to the weights",
+            )
+        return tokenizer
+
+    def make_samples(self, comparisons: "Comparisons", *, orders: int = 1) -> Samples:
+        """Tokenises comparisons, through the cache; two orders add A and B exchanged."""
+        from pref_jax.data.features import make_features
+
+        both = (comparisons, exchange_responses(comparisons)) if orders > 1 else (comparisons,)
+        return Samples(
+            [make_features(part, self.tokenizer, self.layout) for part in both],
+            comparisons.labels,
+            comparisons.tie_allowed,
+        )
+
+    def split(self, params: Any) -> tuple[Any, Any]:
+        """Trainable and frozen parts of a parameter tree."""
+        return split_parameters(params, trainable_above(self.config.model.frozen_layers))
+
+    def initial_params(self) -> Any:
+        """New head, and the encoder as the backbone says; placed on the mesh.
+
+        The order of precedence, where a run has several places to start from, is decided by the
+        caller: resume from a checkpoint, else these.
+        """
+        base = self.backbone.base
+        key = jax.random.key(self.config.seed)
+        if base["kind"] == "random":
+            return self._random(key, self.abstract_params)
+        # Only the head is drawn: the compiler drops what is not asked for.
+        head = self._random(key, {"head": self.abstract_params["head"]})
+        encoder = self.load_encoder()
+        return {"encoder": encoder, **head}
+
+    def _random(self, key: jax.Array, abstract: Any) -> Any:
+        names = set(abstract)
+
+        def draw(key: jax.Array) -> Any:
+            tokens = jnp.zeros((1, self.layout.max_length), jnp.int32)
+            pool = jnp.zeros((1, 1, self.layout.sides), jnp.int32)
+            params = self.model.init(key, *[tokens] * 4, pool)["params"]
+            unboxed = jax.tree.map(
+                lambda leaf: getattr(leaf, "value", leaf),
+                params,
+                is_leaf=lambda leaf: hasattr(leaf, "names"),
+            )
+            return {name: unboxed[name] for name in names}
+
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        return jax.jit(draw, out_shardings=shardings)(key)
+
+    def load_encoder(self) -> Any:
+        """The base's encoder, onto the mesh shard by shard.
+
+        Raises:
+          InputError: the base is gone or is not the one that the run was started with.
+        """
+        base, abstract = self.backbone.base, self.abstract_params["encoder"]
+        if base["kind"] == "pretrained":
+            from pref_jax.weights.huggingface import load_encoder
+            from pref_jax.weights.sources import resolve_source
+
+            return load_encoder(resolve_source(base["source"]), abstract)
+        run = load_run(Path(base["source"]))
+        if run.experiment.backbone.base.get("kind") == "run" and not run.params:
+            raise InputError(base["source"], "it has no parameters", "train it first")
+        ours = {name: leaf.shape for name, leaf in _flatten(abstract).items()}
+        theirs = {name: leaf.shape for name, leaf in _flatten(run.params["encoder"]).items()}
+        if ours != theirs:
+            raise InputError(
+                base["source"], "its encoder has another shape", "start from a run of this backbone"
+            )
+        return jax.tree.map(
+            lambda leaf, like: jax.device_put(np.asarray(leaf), like.sharding),
+            run.params["encoder"],
+            abstract,
+        )
+
+    def make_predictor(self) -> "Predictor":
+        """The compiled forward pass."""
+        from pref_jax.evaluation.predict import Predictor
+
+        return Predictor(
+            self.model,
+            self.mesh,
+            self.geometry,
+            microbatch_size=self.config.train.microbatch_size,
+            abstract_params=self.abstract_params,
+        )
+
+    # What a workdir keeps, so that it can be used without the pretrained folder.
+
+    def write_model(self, workdir: Path, data: dict[str, str]) -> None:
+        """Writes what the run stands on into its workdir, or compares it with what is there.
+
+        Args:
+          workdir: the run's folder.
+          data: content hashes of the training and held-out files; their paths may change.
+
+        Raises:
+          InputError: the run was started with other weights or other data.
+        """
+        folder = workdir / _TOKENIZER_FOLDER
+        if not folder.exists():
+            made = Path(tempfile.mkdtemp(dir=workdir, prefix=".tokenizer."))
+            for name in _TOKENIZER_FILES:
+                if (self.backbone.tokenizer_folder / name).is_file():
+                    shutil.copyfile(self.backbone.tokenizer_folder / name, made / name)
+            made.chmod(0o755)
+            made.rename(folder)
+        content = {
+            "encoder": dataclasses.asdict(self.backbone.encoder),
+            "base": self.backbone.base,
+            "data": data,
+            "parameters": self.count_parameters(),
+        }
+        if (workdir / _MODEL_FILE).exists():
+            before = read_json(workdir / _MODEL_FILE, "remove the workdir and train again")
+            for name, what in (("data", "data"), ("encoder", "weights"), ("base", "weights")):
+                if before.get(name) != content[name]:
+                    raise InputError(
+                        str(workdir / _MODEL_FILE),
+                        f"the run was started with other {what}",
+                        f"give the {what} it was started with, or another --workdir",
+                    )
+            return
+        write_json(workdir / _MODEL_FILE, content)
+
+    def count_parameters(self) -> dict[str, int]:
+        """Numbers of all and of the trainable parameters."""
+        trainable, _ = self.split(self.abstract_params)
+        return {
+            "total": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.abstract_params)),
+            "trainable": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trainable)),
+        }
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+    return traverse_util.flatten_dict(tree, sep="/")
+
+
+def _read_model(workdir: Path) -> tuple[EncoderConfig, dict[str, str], dict[str, Any]]:
+    remedy = "give the --workdir of a run that has started to train"
+    content = read_json(workdir / _MODEL_FILE, remedy)
+    try:
+        return EncoderConfig(**content["encoder"]), content["base"], content
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            str(workdir / _MODEL_FILE), f"is not a model of this project ({error})", remedy
+        ) from error
+
+
+def _run_digest(workdir: Path) -> str:
+    """Identity of a run's best checkpoint: its manifest holds the hash of every file."""
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=1, read_only=True)
+    best = checkpoints.best_step()
+    if best is None:
+        raise InputError(
+            str(workdir), "it has no evaluated checkpoint", "train that run first, to its end"
+        )
+    digest = hashlib.sha256()
+    for path in sorted((workdir / "checkpoints" / str(best)).rglob("*manifest*.json")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@dataclasses.dataclass
+class Run:
+    """A trained run, ready to predict.
+
+    Attributes:
+      workdir: its folder.
+      experiment: its parts.
+      step: the best checkpoint.
+      params: all parameters of that checkpoint, placed on the mesh.
+      temperature: divides the logits; 1 unless the run was calibrated.
+    """
+
+    workdir: Path
+    experiment: Experiment
+    step: int
+    params: Any
+    temperature: float
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    """The config that a workdir was trained with.
+
+    Raises:
+      InputError: no workdir, or one that another version of the project wrote.
+    """
+    from pref_jax.config import default_config
+
+    saved = Workdir(workdir).read_config()
+    config = default_config()
+
+    def fill(section: ConfigDict, values: dict[str, Any], prefix: str) -> None:
+        for name, value in values.items():
+            if name not in section:
+                raise InputError(
+                    str(workdir / "config.json"),
+                    f"it has the field {prefix}{name}, unknown here",
+                    "use the version of the project that trained it",
+                )
+            if isinstance(section[name], ConfigDict):
+                fill(section[name], value, f"{prefix}{name}.")
+            else:
+                section[name] = tuple(value) if isinstance(value, list) else value
+
+    fill(config, saved, "")
+    return config
+
+
+def load_run(workdir: Path, *, mesh: dict[str, int] | None = None) -> Run:
+    """Loads the best checkpoint of a workdir onto this machine's devices.
+
+    Args:
+      workdir: a run that has been evaluated at least once.
+      mesh: sizes of the mesh; all devices on the batch axis when nothing is said.
+
+    Raises:
+      InputError: no run, no evaluated checkpoint, or a base that is gone or has changed.
+    """
+    config = read_config(workdir)
+    config.mesh.update(mesh or {"data": -1, "fsdp": 1, "tensor": 1})
+    encoder, base, _ = _read_model(workdir)
+    experiment = Experiment(config, Backbone(encoder, workdir / _TOKENIZER_FOLDER, base))
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=1, read_only=True)
+    step = checkpoints.best_step()
+    if step is None:
+        raise InputError(
+            str(workdir),
+            "it has no evaluated checkpoint yet",
+            "train it to its first evaluation: launch/train.py with the same --config",
+        )
+    trainable, frozen = experiment.split(experiment.abstract_params)
+    state, _ = checkpoints.restore(step, {"params": trainable})
+    params = dict(_flatten(state["params"]))
+    if _flatten(frozen):
+        params |= _flatten(load_frozen(experiment))
+    return Run(
+        workdir=workdir,
+        experiment=experiment,
+        step=step,
+        params=traverse_util.unflatten_dict(params, sep="/"),
+        temperature=_read_temperature(workdir),
+    )
+
+
+def load_frozen(experiment: Experiment) -> Any:
+    """The parameters that a run did not train, from its base.
+
+    Raises:
+      InputError: the base has changed since.
+    """
+    base = experiment.backbone.base
+    if base["kind"] == "pretrained":
+        from pref_jax.weights.files import weights_digest
+        from pref_jax.weights.sources import resolve_source
+
+        found = weights_digest(resolve_source(base["source"]))
+    elif base["kind"] == "run":
+        found = _run_digest(Path(base["source"]))
+    else:
+        found = base.get("digest", "")
+    if found != base.get("digest", ""):
+        raise InputError(
+            base["source"],
+            f"its weights have the hash {found[:12]}, the run was trained on "
+            f"{base['digest'][:12]}",
+            "bring back the weights that the run was started from",
+        )
+    return experiment.split(experiment.initial_params())[1]
+
+
+def _read_temperature(workdir: Path) -> float:
+    path = workdir / "calibration.json"
+    if not path.exists():
+        return 1.0
+    try:
+        return float(json.loads(path.read_text())["temperature"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(str(path), f"cannot be read ({error})", "train the run again") from error
+
+
+def log_parts(experiment: Experiment) -> None:
+    """Says once what was chosen."""
+    counts = experiment.count_parameters()
+    device = experiment.mesh.devices.flat[0]
+    logging.info(
+        "%d %s device(s), mesh %s, %s, attention %s, %.1f M parameters (%.1f M trainable)",
+        experiment.mesh.devices.size,
+        device.device_kind,
+        "x".join(str(size) for size in experiment.mesh.shape.values()),
+        experiment.precision.compute,
+        experiment.attention,
+        counts["total"] / 1e6,
+        counts["trainable"] / 1e6,
+    )

@@ -1,0 +1,385 @@
+"""``launch/train.py``: from a config and a workdir to a trained, evaluated run."""
+
+import math
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from pref_jax import mesh as meshes
+from pref_jax.config import training_data
+from pref_jax.data.arena import Comparisons, read_comparisons
+from pref_jax.data.batches import BatchPlan, Samples, Update, update_shapes
+from pref_jax.data.split import split_rows
+from pref_jax.errors import InputError
+from pref_jax.evaluation.baselines import Baselines, count_words
+from pref_jax.evaluation.predict import (
+    Predictor,
+    fit_temperature,
+    place_update,
+    to_probabilities,
+)
+from pref_jax.evaluation.predictions import FILE as PREDICTIONS_FILE
+from pref_jax.evaluation.predictions import Predictions
+from pref_jax.evaluation.submission import write_submission
+from pref_jax.experiment import Experiment, find_backbone, load_frozen, log_parts
+from pref_jax.training.checkpoints import Checkpoints
+from pref_jax.training.loop import History, Limits, TrainingLoop
+from pref_jax.training.optimizer import make_optimizer, make_schedule
+from pref_jax.training.records import MetricLog
+from pref_jax.training.state import TrainState, abstract_state, create_state, merge_parameters
+from pref_jax.training.step import abstract_update, make_train_step
+from pref_jax.training.workdir import FREE_FIELDS, Workdir, describe_environment, write_json
+
+
+class CompiledStep:
+    """The training step of an experiment, compiled once, ahead of the data.
+
+    Attributes:
+      abstract: shapes and shardings of the state.
+      compilations: how often the step was traced.
+      compile_seconds: how long it took.
+    """
+
+    def __init__(self, experiment: Experiment, total_steps: int) -> None:
+        config = experiment.config
+        train = config.train
+        self.schedule = make_schedule(
+            train.schedule, train.learning_rate, train.warmup_steps, total_steps
+        )
+        head_rate = train.head_learning_rate or train.learning_rate
+        self.optimizer = make_optimizer(
+            self.schedule,
+            weight_decay=train.weight_decay,
+            head_ratio=head_rate / train.learning_rate,
+            layer_decay=train.layer_decay,
+            num_layers=experiment.backbone.encoder.num_layers,
+        )
+        mesh = experiment.mesh
+        scalar = meshes.replicated(mesh)
+        trainable, self._abstract_frozen = experiment.split(experiment.abstract_params)
+        self.abstract = abstract_state(
+            trainable,
+            self.optimizer,
+            loss_scaling=experiment.precision.loss_scaling,
+            scalar_sharding=scalar,
+        )
+        samples = train.batch_size * (2 if config.data.swap == "both" else 1)
+        shapes = update_shapes(
+            experiment.geometry, samples, meshes.batch_shards(mesh), train.microbatch_size
+        )
+        self._abstract_update = abstract_update(
+            shapes, experiment.geometry, meshes.batch_sharding(mesh, 1), scalar
+        )
+        self.compilations, self.compile_seconds = 0, 0.0
+        step = make_train_step(
+            experiment.model,
+            self.optimizer,
+            self.schedule,
+            seed=config.seed,
+            clip_norm=train.clip_norm,
+        )
+
+        def counted(state: TrainState, frozen: Any, update: Update) -> Any:
+            self.compilations += 1
+            return step(state, frozen, update)
+
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+        self._function = jax.jit(counted, donate_argnums=0, out_shardings=(shardings, None))
+        self._compiled: Any = None
+        self._error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Starts to compile in the background, while the host reads and tokenises."""
+        self._thread = threading.Thread(target=self._compile, name="compile", daemon=True)
+        self._thread.start()
+
+    def _compile(self) -> None:
+        started = time.monotonic()
+        try:
+            self._compiled = self._function.lower(
+                self.abstract, self._abstract_frozen, self._abstract_update
+            ).compile()
+        except BaseException as error:  # handed to the thread that asks for the result
+            self._error = error
+        self.compile_seconds = time.monotonic() - started
+
+    @property
+    def executable(self) -> Any:
+        """The compiled function ``(state, frozen, update) -> (state, metrics)``."""
+        if self._thread is None:
+            self._compile()
+        else:
+            self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._compiled
+
+
+def count_steps(config: ConfigDict, steps_per_epoch: int) -> int:
+    """Updates of the whole run: the smaller of ``epochs`` and ``max_steps``."""
+    # The tiny margin keeps 0.1 + 0.2 epochs from rounding up to one more update.
+    total = max(1, math.ceil(config.train.epochs * steps_per_epoch - 1e-9))
+    if config.train.max_steps is not None:
+        total = min(total, config.train.max_steps)
+    return total
+
+
+class TrainingData:
+    """Training and held-out rows.
+
+    Attributes:
+      train, valid: comparisons; the same object where rows are held out of one file.
+      train_rows, valid_rows: row numbers in them.
+    """
+
+    def __init__(self, config: ConfigDict) -> None:
+        section = config.data
+        self.train = read_comparisons(training_data(config), labelled=True)
+        if section.valid is not None:
+            if section.fold is not None:
+                raise InputError(
+                    "--config.data.fold",
+                    "data.valid names the held-out rows already",
+                    "set one of them",
+                )
+            self.valid = read_comparisons(section.valid, labelled=True)
+            self.train_rows = np.arange(len(self.train))
+            self.valid_rows = np.arange(len(self.valid))
+        else:
+            self.valid = self.train
+            self.train_rows, self.valid_rows = split_rows(
+                self.train,
+                split=section.split,
+                valid_fraction=section.valid_fraction,
+                seed=config.seed,
+                fold=section.fold,
+                folds=section.folds if section.fold is not None else None,
+            )
+
+
+def train(config: ConfigDict, workdir: Workdir, started: float) -> dict[str, Any]:
+    """Trains, or goes on with, the run in ``workdir``.
+
+    Args:
+      config: checked config.
+      workdir: held by this process.
+      started: `time.monotonic` at the start of the process, from which ``max_hours`` counts.
+
+    Returns:
+      What ``result.json`` holds; where the run was stopped by a signal, ``stopped`` and ``steps``.
+
+    Raises:
+      InputError: anything about config, data or weights.
+      RunError: the run failed on its way.
+    """
+    path = workdir.path
+    data = TrainingData(config)
+    backbone = find_backbone(config, data.train)
+    experiment = Experiment(config, backbone)
+    steps_per_epoch = -(-len(data.train_rows) // config.train.batch_size)
+    total_steps = count_steps(config, steps_per_epoch)
+    workdir.settle_config(config.to_dict(), free=(*FREE_FIELDS, "data.train", "data.valid"))
+    experiment.write_model(path, {"train": data.train.digest, "valid": data.valid.digest})
+    workdir.write_environment(describe_environment(jax.devices()))
+    result = workdir.read_result()
+    if result is not None and result.get("steps") == total_steps:
+        logging.info("the run in %s is finished: %d updates", path, total_steps)
+        return result
+
+    log_parts(experiment)
+    compiled = CompiledStep(experiment, total_steps)
+    compiled.start()
+    orders = 1 if config.data.swap == "none" else 2
+    samples = experiment.make_samples(data.train, orders=orders)
+    valid_samples = samples if data.valid is data.train else experiment.make_samples(data.valid)
+    plan = make_plan(experiment, samples, data.train_rows)
+    _warn_about_schedule(config, total_steps)
+    baselines = Baselines.fit(
+        count_words(data.train, data.train_rows),
+        data.train.labels[data.train_rows],
+        data.train.tie_allowed[data.train_rows],
+    )
+    baselines.save(path / "baselines.json")
+
+    abstract = compiled.abstract
+    executable = compiled.executable
+    logging.info(
+        "compiled the update in %.1f s (compilations: %d)",
+        compiled.compile_seconds,
+        compiled.compilations,
+    )
+    predictor = experiment.make_predictor()
+    with (
+        Checkpoints(workdir.checkpoints_path, keep=config.checkpoint.keep) as checkpoints,
+        MetricLog(path, tensorboard=config.logging.tensorboard) as metrics,
+    ):
+        # Resume; else start from the base. Nothing of a base is read where a checkpoint has it.
+        restored = checkpoints.restore_latest(abstract)
+        if restored is not None:
+            step, state, info = restored
+            history = History.read(info)
+            frozen = load_frozen(experiment) if config.model.frozen_layers else {}
+            logging.info("resumed %s at update %d of %d", path, step, total_steps)
+        else:
+            step, history = 0, History()
+            trainable, frozen = experiment.split(experiment.initial_params())
+            state = create_state(trainable, compiled.optimizer, abstract)
+        metrics.drop_after(step)
+        evaluator = _Evaluator(predictor, data, valid_samples, frozen)
+        hours = config.train.max_hours
+        loop = TrainingLoop(
+            train_step=lambda state, update: executable(state, frozen, update),
+            place=lambda update: place_update(update, experiment.mesh),
+            evaluate=evaluator,
+            plan=plan,
+            checkpoints=checkpoints,
+            metrics=metrics,
+            limits=Limits(
+                total_steps=total_steps,
+                eval_every=config.eval.every_steps,
+                checkpoint_every=config.checkpoint.every_steps,
+                log_every=config.logging.every_steps,
+                deadline=None if hours is None else started + hours * 3600.0,
+            ),
+            describe_rows=lambda numbers: _describe_rows(data.train, numbers),
+        )
+        loop.valid_rows = len(data.valid_rows)
+        state, stopped = loop.run(state, step, history)
+        steps = int(state.step)
+        if stopped not in (None, "max_hours"):
+            logging.info(
+                "stopped by %s and saved at update %d of %d; the same command goes on",
+                stopped,
+                steps,
+                total_steps,
+            )
+            return {"steps": steps, "stopped": stopped}
+        best = history.best_step
+        if best != evaluator.step:
+            restored_state, _ = checkpoints.restore(best, {"params": abstract.params})
+            evaluator.score(restored_state["params"], best)
+    return _finish(
+        workdir, config, data, evaluator, baselines, history, steps, stopped, compiled, predictor
+    )
+
+
+def make_plan(experiment: Experiment, samples: Samples, rows: np.ndarray) -> BatchPlan:
+    """The batch plan of a config."""
+    config = experiment.config
+    return BatchPlan(
+        samples=samples,
+        rows=rows,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        swap=config.data.swap,
+        geometry=experiment.geometry,
+        shards=meshes.batch_shards(experiment.mesh),
+        microbatch_size=config.train.microbatch_size,
+    )
+
+
+class _Evaluator:
+    """Scores the held-out rows; remembers the last logits, which are often the best ones."""
+
+    def __init__(
+        self, predictor: Predictor, data: TrainingData, samples: Samples, frozen: Any
+    ) -> None:
+        self._predictor, self._data, self._samples = predictor, data, samples
+        self._frozen = frozen
+        self.step = -1
+        self.logits: np.ndarray | None = None
+
+    def __call__(self, state: TrainState) -> Mapping[str, float]:
+        self.score(state.params, int(state.step))
+        probabilities = self.probabilities(1.0)
+        rows = self._data.valid_rows
+        labels = self._data.valid.labels[rows].astype(int)
+        chosen = probabilities[np.arange(len(rows)), labels]
+        return {
+            "loss": float(-np.log(np.maximum(chosen, 1e-15)).mean()),
+            "accuracy": float((probabilities.argmax(axis=1) == labels).mean()),
+        }
+
+    def score(self, params: Any, step: int) -> None:
+        merged = merge_parameters(params, self._frozen)
+        self.logits = self._predictor.logits(merged, self._samples, self._data.valid_rows)
+        self.step = step
+
+    def probabilities(self, temperature: float) -> np.ndarray:
+        assert self.logits is not None
+        return to_probabilities(
+            self.logits,
+            temperature=temperature,
+            tie_allowed=self._data.valid.tie_allowed[self._data.valid_rows],
+        )
+
+
+def _finish(
+    workdir: Workdir,
+    config: ConfigDict,
+    data: TrainingData,
+    evaluator: _Evaluator,
+    baselines: Baselines,
+    history: History,
+    steps: int,
+    stopped: str | None,
+    compiled: CompiledStep,
+    predictor: Predictor,
+) -> dict[str, Any]:
+    """Writes what a finished run leaves behind; ``result.json`` comes last."""
+    temperature = 1.0
+    if config.eval.calibrate:
+        assert evaluator.logits is not None
+        temperature = fit_temperature(
+            evaluator.logits,
+            data.valid.labels[data.valid_rows],
+            data.valid.tie_allowed[data.valid_rows],
+        )
+        write_json(workdir.path / "calibration.json", {"temperature": temperature})
+    probabilities = evaluator.probabilities(temperature)
+    predictions = Predictions.collect(data.valid, probabilities, data.valid_rows)
+    predictions.write(workdir.path / PREDICTIONS_FILE)
+    if config.data.fold is not None:
+        write_submission(workdir.path / "out_of_fold.csv", predictions.ids, probabilities)
+    valid = predictions.evaluate(baselines)
+    result = {
+        "steps": steps,
+        "best_step": history.best_step,
+        "stopped": stopped,
+        "valid": valid,
+        "baselines": valid["baselines"],
+        "temperature": temperature,
+        "train_rows": len(data.train_rows),
+        "rows_per_second": history.rows / max(history.train_seconds, 1e-9),
+        "train_seconds": history.train_seconds,
+        "compilations": {"train": compiled.compilations, "predict": predictor.compilations},
+    }
+    workdir.write_result(result)
+    return result
+
+
+def _describe_rows(comparisons: Comparisons, samples: np.ndarray) -> str:
+    ids, count = comparisons.ids, len(comparisons)
+    shown = [str(ids[sample % count]) for sample in samples[:8]]
+    return ", ".join(shown) + (" ..." if len(samples) > 8 else "")
+
+
+def _warn_about_schedule(config: ConfigDict, total_steps: int) -> None:
+    warmup = config.train.warmup_steps
+    if warmup >= total_steps:
+        logging.warning(
+            "train.warmup_steps=%d and the run has %d updates: the peak learning rate is never "
+            "reached, the last update is at %.3g of %.3g",
+            warmup,
+            total_steps,
+            config.train.learning_rate * (total_steps - 1) / warmup,
+            config.train.learning_rate,
+        )
