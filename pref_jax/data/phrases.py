@@ -1,8 +1,8 @@
 """Words and sentences of the simulated arena.
 
 A sentence is a template and the kinds of its slots in order: ``q`` a quality word (good or bad),
-``n`` a noun of the topic. Quality words carry all that a reader has to see; nouns say whether the
-answer is about the question.
+``n`` a noun of the topic, ``w`` a context of a question. Quality words carry all that a reader has
+to see; nouns say whether the answer is about the question.
 """
 
 from typing import NamedTuple
@@ -18,6 +18,7 @@ class Language(NamedTuple):
     details: tuple[tuple[str, str], ...]
     openings: tuple[tuple[str, str], ...]
     bodies: tuple[tuple[str, str], ...]
+    contexts: tuple[str, ...]
     short: str
     long: str
     polite: str
@@ -58,16 +59,16 @@ ENGLISH = Language(
         _words("book story novel poem author chapter hero character plot reader"),
         _words("dog cat horse puppy bird animal tail paw pet kitten"),
         _words("school teacher student exam lesson class homework university grade essay"),
-        _words("law court judge contract lawyer police crime right rule trial"),
+        _words("law court judge contract lawyer police crime witness rule trial"),
         _words("number equation triangle proof angle fraction theorem integer sum graph"),
     ),
     questions=(
-        ("How does the %s work with the %s?", "nn"),
-        ("What is the best way to choose a %s for my %s?", "nn"),
-        ("Explain the %s to me, and say why the %s matters.", "nn"),
-        ("Write a few lines about a %s and a %s.", "nn"),
-        ("Why do people care so much about the %s and not about the %s?", "nn"),
-        ("Can you compare one %s with another %s?", "nn"),
+        ("How does the %s work with the %s %s?", "nnw"),
+        ("What is the best way to choose a %s for the %s %s?", "nnw"),
+        ("Explain the %s %s, and say why the %s matters.", "nwn"),
+        ("Write a few lines %s about a %s and a %s.", "wnn"),
+        ("Why do people care so much about the %s and not about the %s %s?", "nnw"),
+        ("Can you compare one %s with another %s %s?", "nnw"),
     ),
     details=(
         ("Please think about the %s as well, since my friend asked me about it.", "n"),
@@ -89,6 +90,36 @@ ENGLISH = Language(
         ("People who know a %s well would call this %s.", "nq"),
         ("Take the %s first and the %s after it, which makes the plan %s and %s.", "nnqq"),
         ("Between the %s and the %s the argument becomes %s.", "nnq"),
+    ),
+    contexts=(
+        "for a beginner",
+        "for an expert",
+        "for my sister",
+        "for my son",
+        "for a child of five",
+        "for a friend",
+        "for my old father",
+        "for a neighbour",
+        "in winter",
+        "in summer",
+        "at night",
+        "on a Monday",
+        "in Japan",
+        "in Brazil",
+        "in Kenya",
+        "in Norway",
+        "in a small town",
+        "on a tight schedule",
+        "without any tools",
+        "at home",
+        "at work",
+        "in the year 1900",
+        "in ten years",
+        "step by step",
+        "as a letter",
+        "as a joke",
+        "today",
+        "these days",
     ),
     short="In short: ",
     long="In detail: ",
@@ -119,6 +150,7 @@ SPANISH = Language(
         ("El %s se explica de un modo %s y muy %s.", "nqq"),
         ("Después viene el %s, y aquí el texto es %s.", "nq"),
     ),
+    contexts=(),
     short="En breve: ",
     long="En detalle: ",
     polite="Gracias por preguntar. ",
@@ -148,6 +180,7 @@ CHINESE = Language(
         ("接着说%s，这一段%s而且%s。", "nqq"),
         ("%s和%s放在一起看，内容%s。", "nnq"),
     ),
+    contexts=(),
     short="简单说：",
     long="详细说：",
     polite="谢谢您的提问。",

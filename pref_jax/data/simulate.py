@@ -333,10 +333,11 @@ def _pick(generator: random.Random, values: Sequence[Any]) -> Any:
 
 
 def _prompt_turn(generator: random.Random, language: phrases.Language, topic: Sequence[str]) -> str:
-    words = 15.5 * math.exp(generator.gauss(0, 0.9))
-    text = _fill(generator, _pick(generator, language.questions), topic, iter(()))
+    words = 15 * math.exp(generator.gauss(0, 0.9))
+    context = [_pick(generator, language.contexts)] if language.contexts else []
+    text = _fill(generator, _pick(generator, language.questions), topic, context)
     while _count(text, language) + 6 < words:
-        detail = _fill(generator, _pick(generator, language.details), topic, iter(()))
+        detail = _fill(generator, _pick(generator, language.details), topic)
         text = f"{text}{language.space}{detail}"
     return text
 
@@ -401,12 +402,14 @@ def _fill(
     generator: random.Random,
     template: tuple[str, str],
     topic: Sequence[str],
-    quality_words: Iterator[str],
+    words: Iterable[str] = (),
 ) -> str:
+    """A sentence: ``n`` slots from the topic, all others in order from ``words``."""
     draw = generator.random
     text, kinds = template
+    words = iter(words)
     return text % tuple(
-        next(quality_words) if kind == "q" else topic[int(draw() * len(topic))] for kind in kinds
+        topic[int(draw() * len(topic))] if kind == "n" else next(words) for kind in kinds
     )
 
 

@@ -212,7 +212,7 @@ def test_labels_written_by_other_programs(tmp_path: Path) -> None:
 
 
 def test_ids_stay_as_typed(tmp_path: Path) -> None:
-    typed = ["007", " 8", "1e5", "é,\"x", "2.0", "-1"]
+    typed = ["007", " 8", "1e5", 'é,"x', "2.0", "-1"]
     rows = [row | {"id": name} for row, name in zip(make_rows(), typed, strict=True)]
     path = put(tmp_path / "x.csv", to_csv(rows, COLUMNS))
     assert read_comparisons(path).ids == typed
@@ -389,7 +389,11 @@ _WRONG: dict[str, tuple[str, str | bytes, str]] = {
     "open quote": ("x.csv", _GOOD[:-60], r"x\.csv:\d: "),
     "ends in a cell": ("x.csv", _GOOD + '9,"[""x', r"x\.csv:7: the file ends inside a quoted"),
     "text after a quote": ("x.csv", _GOOD + '9,"a"b,c\n', r"x\.csv:7: broken CSV"),
-    "latin-1": ("x.csv", _changed(r3={"prompt": '["é"]'}).encode("latin-1"), r"x\.csv:4: not UTF-8"),
+    "latin-1": (
+        "x.csv",
+        _changed(r3={"prompt": '["é"]'}).encode("latin-1"),
+        r"x\.csv:4: not UTF-8",
+    ),
     "binary": ("x.csv", random.Random(0).randbytes(5000), r"x\.csv"),
     "image": ("x.csv", b"\x89PNG\r\n\x1a\n" + bytes(100), r"x\.csv: not UTF-8"),
     "half a gzip": ("x.csv.gz", gzip.compress(_GOOD.encode())[:-30], "gzip"),
