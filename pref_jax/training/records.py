@@ -2,19 +2,13 @@
 
 import json
 import os
-import queue
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from absl import logging
-
+from pref_jax.training.curves import Curves
 from pref_jax.training.workdir import plain, write_durably, write_error
-
-# Importing TensorFlow takes seconds; a run that ends sooner waits for its curves this long.
-_CLOSE_SECONDS = 120.0
 
 
 class MetricLog:
@@ -25,13 +19,13 @@ class MetricLog:
 
     Args:
       workdir: the run's folder, which exists.
-      tensorboard: whether event files are written beside the lines, by a thread of their own.
+      tensorboard: whether event files are written beside the lines (`pref_jax.training.curves`).
     """
 
     def __init__(self, workdir: str | os.PathLike[str], *, tensorboard: bool) -> None:
         self.path = Path(workdir) / "metrics.jsonl"
         self._open()
-        self._curves = _Curves(Path(workdir)) if tensorboard else None
+        self._curves = Curves(Path(workdir)) if tensorboard else None
 
     def _open(self) -> None:
         try:
@@ -127,59 +121,3 @@ def _cut_torn_line(file: int) -> None:
         position = start
     if position != end:
         os.ftruncate(file, position)
-
-
-class _Curves:
-    """TensorBoard events, written by a thread that imports TensorFlow when the first value comes.
-
-    Curves are a convenience: whatever fails here is one line in the log, never the run's end.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._queue: queue.SimpleQueue[tuple[int, dict[str, float]] | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-
-    def write(self, step: int, split: str, row: Mapping[str, Any]) -> None:
-        scalars = {
-            f"{split}/{name}": float(value)
-            for name, value in row.items()
-            if name != "step" and isinstance(value, int | float)
-        }
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="tensorboard", daemon=True)
-            self._thread.start()
-        self._queue.put((step, scalars))
-
-    def close(self) -> None:
-        if self._thread is not None:
-            self._queue.put(None)
-            self._thread.join(_CLOSE_SECONDS)
-
-    def _run(self) -> None:
-        try:
-            writer = _make_writer(self._folder)
-        except ImportError as error:
-            logging.info("no TensorBoard curves (%s); metrics.jsonl has every value", error)
-            return
-        except Exception as error:
-            logging.warning("no TensorBoard curves (%s)", ascii(str(error)))
-            return
-        try:
-            while (entry := self._queue.get()) is not None:
-                writer.write_scalars(*entry)
-                if self._queue.empty():
-                    writer.flush()
-            writer.close()
-        except Exception as error:
-            logging.warning("TensorBoard curves end here (%s)", ascii(str(error)))
-
-
-def _make_writer(folder: Path) -> Any:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    import tensorflow as tf
-    from clu import metric_writers
-
-    for kind in ("GPU", "TPU"):  # jax needs the accelerators' whole memory
-        tf.config.set_visible_devices([], kind)
-    return metric_writers.SummaryWriter(str(folder))

@@ -144,7 +144,7 @@ class Workdir:
             if (self.path / name).exists():
                 raise InputError(
                     str(self.path),
-                    f"holds {name} but no config.json, so it cannot be told which run it belongs to",
+                    f"holds {name} but no config.json: nobody can tell which run it belongs to",
                     "give another --workdir, or remove the old files",
                 )
 
