@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import random
-import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from pref_jax import cache
+from pref_jax.data import arena
 from pref_jax.data.arena import LABELS, TEXTS, normalise_prompt, parse_turns, read_comparisons
 from pref_jax.errors import InputError
 
@@ -212,7 +212,7 @@ def test_labels_written_by_other_programs(tmp_path: Path) -> None:
 
 
 def test_ids_stay_as_typed(tmp_path: Path) -> None:
-    typed = ["007", " 8", "1e5", 'é,"x', "2.0", "-1"]
+    typed = ["007", " 8", "1e5\r\n", 'é,"x', "2.0", "-1"]
     rows = [row | {"id": name} for row, name in zip(make_rows(), typed, strict=True)]
     path = put(tmp_path / "x.csv", to_csv(rows, COLUMNS))
     assert read_comparisons(path).ids == typed
@@ -226,7 +226,7 @@ def test_second_read_comes_from_the_cache(tmp_path: Path, monkeypatch: Any) -> N
     def refuse(*_: Any) -> None:
         raise AssertionError("the file was parsed again")
 
-    monkeypatch.setattr("pref_jax.data.arena._write_rows", refuse)
+    monkeypatch.setattr(arena, "_write_rows", refuse)
     second = read_comparisons(moved)
     assert second.table.equals(first.table)
     assert (second.digest, second.path) == (first.digest, str(moved))
@@ -241,6 +241,22 @@ def test_a_refused_file_leaves_nothing_in_the_cache(tmp_path: Path) -> None:
             read_comparisons(path)
     left = [p for p in cache.cache_dir().rglob("*") if p.is_file() and p.name != "CACHEDIR.TAG"]
     assert left == []
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
+    path = put(tmp_path / "x.csv", to_csv(make_rows(), COLUMNS))
+    write_rows = arena._write_rows
+
+    def write_slowly(*arguments: Any) -> Any:
+        notes = write_rows(*arguments)
+        put(path, to_csv(make_rows()[:5], COLUMNS))
+        return notes
+
+    with monkeypatch.context() as patch:
+        patch.setattr(arena, "_write_rows", write_slowly)
+        with pytest.raises(InputError, match="the file changed while it was read"):
+            read_comparisons(path)
+    assert len(read_comparisons(path)) == 5
 
 
 # Turns
@@ -447,7 +463,6 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
         "read_comparisons(sys.argv[1]);"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
-    assert resource.getpagesize()
     peaks = []
     for count in (2_000, 20_000):
         path = tmp_path / f"{count}.csv"
