@@ -1,0 +1,288 @@
+"""Token sequences of a data file, made once, cached by content, memory-mapped.
+
+Two steps, both cached: the tokens of every text (data and tokenizer decide), and the sequences
+that a model sees (the layout decides). Another layout costs no new tokenising.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from pref_jax import cache
+from pref_jax.data.segments import Layout, cut, join, kept_lengths
+from pref_jax.data.tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from pref_jax.data.arena import Comparisons
+
+_VERSION = 1  # of everything here, `tokenizers` and `segments` that shapes a cached file
+_ROWS = 512  # per record batch: a few MB of text
+TEXTS = ("prompt", "response_a", "response_b")
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+
+class _Lists:
+    """A column of integer lists in a memory-mapped Arrow file of equal record batches."""
+
+    def __init__(self, batches: Sequence["pa.RecordBatch"], name: str) -> None:
+        columns = [batch.column(name) for batch in batches]
+        self._offsets = [column.offsets.to_numpy() for column in columns]
+        self._values = [column.values.to_numpy() for column in columns]
+        self._step = len(columns[0]) if columns else 1
+        self.lengths = np.concatenate(
+            [np.zeros(0, np.int32), *(np.diff(offsets) for offsets in self._offsets)]
+        )
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        batch, place = divmod(index, self._step)
+        offsets = self._offsets[batch]
+        return self._values[batch][offsets[place] : offsets[place + 1]]
+
+
+class Tokens:
+    """All tokens of every text of a data file, nothing cut.
+
+    Attributes:
+      lengths: int32 [rows, 3], tokens of prompt, response A and response B.
+    """
+
+    def __init__(self, path: Path) -> None:
+        batches = _read(path)
+        self._columns = [_Lists(batches, name) for name in TEXTS]
+        self.lengths = np.stack([column.lengths for column in self._columns], axis=1)
+
+    def __getitem__(self, row: int) -> list[np.ndarray]:
+        """Ids of prompt, response A and response B: int32 views into the file."""
+        return [column[row] for column in self._columns]
+
+
+class Features:
+    """Sequences as a model sees them.
+
+    A sample is a comparison, except in the layout "response", where sample ``2 * row + side`` is
+    one response of it (side 0: A, 1: B).
+
+    Attributes:
+      digest: hash of data, tokenizer and layout.
+      num_samples: number of samples.
+      sides: sequences per sample.
+      lengths: int32 [num_samples, sides], tokens of each sequence, special tokens included.
+      segment_lengths: int32 [rows, 3], tokens of prompt, response A and response B before cutting.
+    """
+
+    def __init__(
+        self, digest: str, path: Path, layout: Layout, segment_lengths: np.ndarray
+    ) -> None:
+        batches = _read(path)
+        self.digest = digest
+        self.sides = layout.sides
+        self._ids = _Lists(batches, "ids")
+        self._type_starts = np.concatenate(
+            [np.zeros(0, np.int32), *(batch.column("type_start").to_numpy() for batch in batches)]
+        )
+        self.lengths = self._ids.lengths.reshape(-1, self.sides)
+        self.num_samples = len(self.lengths)
+        self.segment_lengths = segment_lengths
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def sequence(self, sample: int, side: int = 0) -> np.ndarray:
+        """Ids of one sequence: an int32 view into the file, not to be written to."""
+        return self._ids[sample * self.sides + side]
+
+    def type_start(self, sample: int, side: int = 0) -> int:
+        """Index of the first token of type 1: behind the prompt's separator."""
+        return int(self._type_starts[sample * self.sides + side])
+
+
+def make_features(
+    comparisons: "Comparisons", tokenizer: Tokenizer, layout: Layout, *, progress: bool = True
+) -> Features:
+    """The features of a data file, from the cache where they are there.
+
+    Memory does not grow with the file beyond a few numbers per row: texts are read, and ids
+    written and read, through memory-mapped Arrow files.
+
+    Args:
+      comparisons: a data file.
+      tokenizer: its `digest` is part of the cache's key.
+      layout: form of the model's input.
+      progress: show a bar on a terminal, lines elsewhere.
+    """
+    tokens_key = _tokens_key(comparisons, tokenizer)
+    tokens = make_tokens(comparisons, tokenizer, progress=progress)
+    form = {**asdict(layout), "budget": [str(share) for share in layout.budget]}
+    form["special"] = [tokenizer.cls_id, tokenizer.sep_id]
+    key = _hash([tokens_key, {name: str(value) for name, value in form.items()}])
+
+    def make(path: Path) -> None:
+        _write(path, _sequences(tokens, tokenizer, layout), _sequence_schema())
+
+    return _load("features", key, make, lambda path: Features(key, path, layout, tokens.lengths))
+
+
+def make_tokens(
+    comparisons: "Comparisons", tokenizer: Tokenizer, *, progress: bool = True
+) -> Tokens:
+    """All tokens of a data file, from the cache where they are there."""
+
+    def make(path: Path) -> None:
+        _write(path, _encode(comparisons, tokenizer, progress), _token_schema())
+
+    return _load("tokens", _tokens_key(comparisons, tokenizer), make, Tokens)
+
+
+def _tokens_key(comparisons: "Comparisons", tokenizer: Tokenizer) -> str:
+    return _hash([_VERSION, comparisons.digest, tokenizer.digest])
+
+
+def _hash(parts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _load(kind: str, key: str, make: Callable[[Path], None], read: Callable[[Path], T]) -> T:
+    """Reads an entry of the cache; one that was damaged since is made again."""
+    import pyarrow as pa
+
+    path = cache.entry(kind, key, make)
+    try:
+        return read(path)
+    except (pa.ArrowInvalid, OSError, KeyError) as error:
+        _log.warning("%s cannot be read (%s) and is made again", path, error)
+        cache.remove(path)
+        return read(cache.entry(kind, key, make))
+
+
+def _token_schema() -> "pa.Schema":
+    import pyarrow as pa
+
+    return pa.schema([(name, pa.list_(pa.int32())) for name in TEXTS])
+
+
+def _sequence_schema() -> "pa.Schema":
+    import pyarrow as pa
+
+    return pa.schema([("ids", pa.list_(pa.int32())), ("type_start", pa.int32())])
+
+
+def _write(path: Path, batches: Iterator[list["pa.Array"]], schema: "pa.Schema") -> None:
+    import pyarrow as pa
+
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for columns in batches:
+            writer.write_batch(pa.record_batch(columns, schema=schema))
+
+
+def _read(path: Path) -> list["pa.RecordBatch"]:
+    import pyarrow as pa
+
+    reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    return [reader.get_batch(index) for index in range(reader.num_record_batches)]
+
+
+def _list_array(arrays: Sequence[np.ndarray]) -> "pa.Array":
+    import pyarrow as pa
+
+    offsets = np.zeros(len(arrays) + 1, np.int32)
+    np.cumsum([len(array) for array in arrays], out=offsets[1:])
+    return pa.ListArray.from_arrays(offsets, np.concatenate([np.zeros(0, np.int32), *arrays]))
+
+
+def _encode(
+    comparisons: "Comparisons", tokenizer: Tokenizer, progress: bool
+) -> Iterator[list["pa.Array"]]:
+    """Tokenises each text once, in threads: both tokenizers work outside Python's lock."""
+    table = comparisons.table
+
+    def encode(start: int) -> list["pa.Array"]:
+        rows = table.slice(start, _ROWS)
+        texts = [text for name in TEXTS for text in rows[name].to_pylist()]
+        ids = tokenizer.encode(texts)
+        return [_list_array(ids[i * len(rows) : (i + 1) * len(rows)]) for i in range(len(TEXTS))]
+
+    workers = min(8, os.cpu_count() or 1)
+    pending: deque[Future[list[pa.Array]]] = deque()
+    starts = iter(range(0, len(table), _ROWS))
+    with (
+        _Progress("tokenising", len(table), progress) as bar,
+        ThreadPoolExecutor(workers, "tokenize") as pool,
+    ):
+        try:
+            while True:
+                # No more in flight than are worked on: memory stays flat.
+                while len(pending) <= workers and (start := next(starts, None)) is not None:
+                    pending.append(pool.submit(encode, start))
+                if not pending:
+                    return
+                columns = pending.popleft().result()
+                yield columns
+                bar.advance(len(columns[0]))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _sequences(tokens: Tokens, tokenizer: Tokenizer, layout: Layout) -> Iterator[list["pa.Array"]]:
+    import pyarrow as pa
+
+    # Columns of the row's segments that go into each of its sequences.
+    picks = [[0, 1, 2]] if layout.name == "single" else [[0, 1], [0, 2]]
+    for start in range(0, len(tokens.lengths), _ROWS):
+        lengths = tokens.lengths[start : start + _ROWS]
+        kept = [kept_lengths(lengths[:, pick], layout) for pick in picks]
+        sequences: list[np.ndarray] = []
+        type_starts: list[int] = []
+        for row in range(len(lengths)):
+            segments = tokens[start + row]
+            for pick, keep in zip(picks, kept, strict=True):
+                parts = [
+                    cut(segments[column], int(count), layout.truncation)
+                    for column, count in zip(pick, keep[row], strict=True)
+                ]
+                ids, type_start = join(parts, tokenizer.cls_id, tokenizer.sep_id)
+                sequences.append(ids)
+                type_starts.append(type_start)
+        yield [_list_array(sequences), pa.array(type_starts, pa.int32())]
+
+
+class _Progress:
+    """A bar on a terminal; elsewhere a line every 10 s."""
+
+    def __init__(self, what: str, total: int, shown: bool) -> None:
+        self._what, self._total, self._shown = what, total, shown
+        self._done, self._next = 0, time.monotonic() + 10
+        self._bar: Any = None
+
+    def __enter__(self) -> "_Progress":
+        if self._shown and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=self._total, desc=self._what, unit=" rows")
+        return self
+
+    def advance(self, rows: int) -> None:
+        self._done += rows
+        if self._bar is not None:
+            self._bar.update(rows)
+        elif self._shown and time.monotonic() >= self._next:
+            self._next = time.monotonic() + 10
+            _log.info("%s: %d of %d rows", self._what, self._done, self._total)
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
