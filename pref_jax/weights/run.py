@@ -1,19 +1,71 @@
 """Exports the best checkpoint of a run."""
 
+import copy
+import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from pref_jax.weights.examples import describe_rows, write_rows
 from pref_jax.weights.export import check_output, export_encoder
+
+if TYPE_CHECKING:
+    from pref_jax.experiment import Run
 
 
 def export_run(workdir: Path, output: Path) -> Path:
     """Writes the best checkpoint of `workdir` for other programs; returns the folder written.
 
     Raises:
-      InputError: the workdir holds no finished run, or the output folder holds something else.
+      InputError: the workdir holds no trained run, or the output folder holds something else.
+      RunError: writing failed.
     """
+    import jax
+    import numpy as np
+
     from pref_jax.experiment import load_run
 
     check_output(output)  # before the work of loading a run
     run = load_run(workdir)
-    export_encoder(output, **run.export_arguments())
+    experiment = run.experiment
+    export_encoder(
+        output,
+        params=jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), run.params),
+        config=experiment.backbone.encoder,
+        layout=experiment.layout,
+        tokenizer_folder=experiment.backbone.tokenizer_folder,
+        temperature=run.temperature,
+        examples=made_up_rows(run),
+        dropout=float(experiment.config.model.head_dropout),
+    )
     return output
+
+
+def made_up_rows(run: "Run") -> list[dict[str, Any]]:
+    """The export's examples, with the probabilities that `predict` gives (temperature applied).
+
+    Computed in float32 whatever the run's precision, as a check by other programs has to be.
+    """
+    import jax
+    import numpy as np
+
+    from pref_jax.data.arena import read_comparisons
+    from pref_jax.data.features import make_features
+    from pref_jax.evaluation.predict import to_probabilities
+    from pref_jax.experiment import Experiment
+
+    config = copy.deepcopy(run.experiment.config)
+    config.train.precision = "float32"
+    experiment = Experiment(config, run.experiment.backbone)
+    params = jax.tree.map(
+        lambda leaf, like: jax.device_put(np.asarray(leaf, like.dtype), like.sharding),
+        run.params,
+        experiment.abstract_params,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.csv"
+        write_rows(path)
+        comparisons = read_comparisons(path, labelled=False)
+        samples = experiment.make_samples(comparisons)
+        logits = experiment.make_predictor().logits(params, samples, np.arange(len(comparisons)))
+        features = make_features(comparisons, experiment.tokenizer, experiment.layout)
+    return describe_rows(features, to_probabilities(logits, temperature=run.temperature))

@@ -38,6 +38,8 @@ def resolve_source(pretrained: str) -> Path:
     """
     if pretrained.startswith("package:"):
         return _packaged_folder(pretrained)
+    if not pretrained.strip():
+        raise InputError(FIELD, "it is empty", "leave it away for random weights")
     folder = Path(pretrained).expanduser()
     if folder.is_dir():
         return folder
