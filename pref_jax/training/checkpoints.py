@@ -151,10 +151,7 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            if "_manager" in self.__dict__:
-                with contextlib.suppress(Exception):  # wait() has raised what failed
-                    self._manager.close()
-                del self.__dict__["_manager"]
+            self._drop_manager()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -211,6 +208,7 @@ class Checkpoints:
         if not self._read_only and jax.process_index() == 0:
             for later in [step for step in self.steps() if step > newest]:
                 self._set_aside(later, "another process does not have it")
+        self._drop_manager()  # in every process: making a new one is a meeting point of all
         try:
             state, info = self._read(newest, abstract_state)
         except _Damage as damage:
@@ -266,6 +264,13 @@ class Checkpoints:
             ),
         )
 
+    def _drop_manager(self) -> None:
+        """Ends Orbax's threads; the next use starts from what is on the disk."""
+        manager = self.__dict__.pop("_manager", None)
+        if manager is not None:
+            with contextlib.suppress(Exception):  # what failed in it was raised by wait()
+                manager.close()
+
     def _seal(self) -> None:
         """Adds the manifest to the folder that Orbax is about to rename."""
         pending = self._pending
@@ -309,10 +314,7 @@ class Checkpoints:
         """Forgets the failed save, so that what is on the disk is all that is known."""
         self._pending = None
         self._infos.pop(step, None)
-        manager = self.__dict__.pop("_manager", None)
-        if manager is not None:
-            with contextlib.suppress(Exception):
-                manager.close()
+        self._drop_manager()
         if jax.process_index() == 0:
             with contextlib.suppress(OSError):
                 self._remove_unfinished()
@@ -392,7 +394,6 @@ class Checkpoints:
                 "remove it, then run the same command again",
             ) from error
         self._infos.pop(step, None)
-        self.__dict__.pop("_manager", None)  # it still lists the step
 
     def _clean(self) -> None:
         """Removes what a killed run left half written or half deleted."""
@@ -446,8 +447,8 @@ class _Best:
 def _find_best(infos: Mapping[int, Mapping[str, Any]], metric: str) -> int | None:
     measured = []
     for step, info in infos.items():
-        value = info.get(metric)
-        if isinstance(value, int | float) and not isinstance(value, bool) and value == value:
+        value = info.get(metric)  # a text where it is no finite number
+        if isinstance(value, int | float) and not isinstance(value, bool):
             measured.append((value, step))
     return min(measured)[1] if measured else None
 

@@ -67,7 +67,7 @@ class MetricLog:
             raise write_error(self.path, error) from error
 
     def drop_after(self, step: int) -> None:
-        """Removes the lines of later steps, and any that is not whole.
+        """Removes the lines of later steps, and any that cannot be read.
 
         Called after a checkpoint of ``step`` was restored, so that every step stands once.
         """
@@ -75,7 +75,7 @@ class MetricLog:
         for line in before.splitlines(keepends=True):
             try:
                 row = json.loads(line)
-                keep = line.endswith(b"\n") and row["step"] <= step
+                keep = row["step"] <= step
             except (ValueError, TypeError, KeyError):
                 keep = False
             if keep:

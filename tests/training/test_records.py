@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import resource
 import struct
 import subprocess
 import sys
@@ -101,11 +102,27 @@ def test_a_full_disk_is_one_line(tmp_path):
         log.write(1, "train", {"loss": 1.0})
 
 
-def test_without_tensorflow_the_lines_are_written_all_the_same(tmp_path, monkeypatch):
+def test_half_a_line_is_an_error_and_gone_when_the_run_goes_on(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    log = MetricLog(tmp_path, tensorboard=False)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        log.write(1, "train", {"loss": 1.0})
+        with pytest.raises(RunError, match="half a line"):
+            log.write(2, "train", {"loss": 1.0, "note": "x" * 100})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    write_steps(tmp_path, [2])
+    assert [row["step"] for row in read_lines(tmp_path)] == [1, 2]
+
+
+def test_without_tensorflow_the_lines_are_written_all_the_same(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
+    monkeypatch.setattr(curves, "subprocess", None)  # nothing is started
     with MetricLog(tmp_path, tensorboard=True) as log:
         log.write(1, "train", {"loss": 1.0})
     assert len(read_lines(tmp_path)) == 1
+    assert not [one for one in caplog.records if one.levelname == "WARNING"]
 
 
 def test_a_failing_curve_writer_does_not_end_the_run(tmp_path, monkeypatch, caplog):
