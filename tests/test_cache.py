@@ -118,9 +118,10 @@ def test_lock_excludes_although_its_file_comes_and_goes(tmp_path):
 
 
 def test_lock_without_waiting_says_so(tmp_path):
-    with cache.locked(tmp_path / "lock") as first, cache.locked(
-        tmp_path / "lock", wait=False
-    ) as second:
+    with (
+        cache.locked(tmp_path / "lock") as first,
+        cache.locked(tmp_path / "lock", wait=False) as second,
+    ):
         assert (first, second) == (True, False)
     assert not (tmp_path / "lock").exists()
 

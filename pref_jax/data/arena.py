@@ -154,6 +154,21 @@ def read_comparisons(path: str | os.PathLike[str], *, labelled: bool | None = No
     return Comparisons(path=path, digest=digest, table=table)
 
 
+def iterate_cells(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a file as they stand in it, unchecked: names of columns to cells.
+
+    For a file that :func:`read_comparisons` accepts.
+    """
+    stack: list[IO[bytes]] = []
+    try:
+        rows = _open_rows(os.fspath(path), stack)
+        for cells in rows.cells:
+            yield dict(zip(rows.columns, cells, strict=False))
+    finally:
+        for file in reversed(stack):
+            file.close()
+
+
 def normalise_prompt(turns: Sequence[str]) -> str:
     """The form in which two prompts count as the same: NFKC, no case, white space collapsed."""
     text = unicodedata.normalize("NFKC", TURN_SEPARATOR.join(turns)).casefold()

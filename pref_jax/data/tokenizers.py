@@ -44,6 +44,10 @@ class Tokenizer(Protocol):
         """Ids (int32, one array per text) of texts without lone surrogates, nothing cut."""
         ...
 
+    def decode(self, ids: np.ndarray) -> str:
+        """Text to look at: pieces joined to words, words by spaces."""
+        ...
+
 
 @dataclass(frozen=True)
 class WordPiece:
@@ -212,6 +216,12 @@ class _Base:
         self.sep_id = wordpiece.special_ids["sep"]
         self.pad_id = wordpiece.special_ids["pad"]
         self.digest = wordpiece.digest
+        self._pieces = {index: piece for piece, index in wordpiece.vocab.items()}
+        self._prefix = wordpiece.prefix
+
+    def decode(self, ids: np.ndarray) -> str:
+        pieces = [self._pieces.get(int(index), "?") for index in ids]
+        return " ".join(pieces).replace(f" {self._prefix}", "")
 
 
 class HuggingFaceTokenizer(_Base):
