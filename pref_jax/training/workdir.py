@@ -47,6 +47,7 @@ class Workdir:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._lock: int | None = None
+        self._made: list[Path] = []  # folders that were not there before, the innermost first
 
     @property
     def config_path(self) -> Path:
@@ -74,6 +75,7 @@ class Workdir:
 
     def acquire(self) -> None:
         """Makes the folder and takes it; at once, or an `InputError` that names the holder."""
+        missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -105,6 +107,7 @@ class Workdir:
                 "give --workdir a folder on a file system with locks",
             ) from error
         try:
+            self._refuse_vanished(lock)
             self._refuse_foreign()
             if not os.access(self.path, os.W_OK | os.X_OK):
                 raise InputError(
@@ -126,15 +129,34 @@ class Workdir:
         except BaseException:
             os.close(lock)
             raise
-        self._lock = lock
+        self._lock, self._made = lock, missing
 
     def release(self) -> None:
-        """Gives the folder back. The lock file stays: removing it could let two processes in."""
-        if self._lock is not None:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._lock, 0)
-            os.close(self._lock)
-            self._lock = None
+        """Gives the folder back; one that it made and that stayed empty is gone again.
+
+        Elsewhere the lock file stays: removing it could let two processes in.
+        """
+        if self._lock is None:
+            return
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._lock, 0)
+            if self._made and os.listdir(self.path) == [".lock"]:
+                os.unlink(self.path / ".lock")
+                for folder in self._made:
+                    folder.rmdir()
+        os.close(self._lock)
+        self._lock = None
+
+    def _refuse_vanished(self, lock: int) -> None:
+        """A holder that leaves an empty folder removes it; a lock on its file locks nothing."""
+        try:
+            same = os.path.samestat(os.fstat(lock), os.stat(self.path / ".lock"))
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise InputError(
+                str(self.path), "another process has just removed it", "type the same command again"
+            )
 
     def _refuse_foreign(self) -> None:
         if self.config_path.exists():

@@ -259,3 +259,14 @@ def test_progress_draws_a_bar_on_a_terminal():
         progress.update(10, rows=32, loss=0.5)
     assert "\r" in stream.text and "10/10" in stream.text
     assert "loss=0.5" in stream.text and "rows/s=" in stream.text
+
+
+def test_a_folder_that_stays_empty_is_gone_again(tmp_path: Path) -> None:
+    with Workdir(tmp_path / "runs" / "new"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    with Workdir(kept):
+        pass
+    assert kept.is_dir()  # it was there before
