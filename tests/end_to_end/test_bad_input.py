@@ -172,11 +172,15 @@ TABLE = [
 ]
 
 
+def _shorten(line: str) -> str:
+    return line.replace(GOOD, "GOOD").replace(TRAIN, "TRAIN").replace(TINY, "TINY")
+
+
 def test_the_table_is_long_enough() -> None:
     assert len(TABLE) == len({line for line, _ in TABLE}) >= 60
 
 
-@pytest.mark.parametrize(("line", "expected"), TABLE, ids=[line for line, _ in TABLE])
+@pytest.mark.parametrize(("line", "expected"), TABLE, ids=[_shorten(line) for line, _ in TABLE])
 def test_wrong_input_is_one_line_and_harms_nothing(
     line: str, expected: str, world: Path, monkeypatch: pytest.MonkeyPatch, repository: Path
 ) -> None:
@@ -238,9 +242,9 @@ def _repository() -> Path:
 
 
 def _snapshot(folder: Path) -> dict[str, tuple[int, str]]:
-    """Every path below a folder with the time and hash of its content."""
+    """Every path below a folder with the time and hash of its content, but for locks."""
     found = {}
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(path for path in folder.rglob("*") if path.name != ".lock"):
         digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
         found[str(path.relative_to(folder))] = (path.stat().st_mtime_ns, digest)
     return found
