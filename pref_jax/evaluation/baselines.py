@@ -144,8 +144,6 @@ def count_words(comparisons: Any, rows: npt.ArrayLike | None = None) -> npt.NDAr
       comparisons: `pref_jax.data.arena.Comparisons`; rows: which of them, in this order.
     """
     table = comparisons.table.select(["prompt", "response_a", "response_b"])
-    if rows is not None:
-        table = table.take(np.asarray(rows))
     counts = np.zeros((len(table), 3), np.int64)
     start = 0
     # A small batch of texts at a time: the table is memory-mapped and may not fit.
@@ -154,7 +152,8 @@ def count_words(comparisons: Any, rows: npt.ArrayLike | None = None) -> npt.NDAr
             texts = batch.column(side).to_pylist()
             counts[start : start + len(batch), side] = [len(text.split()) for text in texts]
         start += len(batch)
-    return counts
+    # Counted for all and chosen afterwards: taking rows of the table would copy their texts.
+    return counts if rows is None else counts[np.asarray(rows)]
 
 
 def measure_features(words: npt.ArrayLike) -> FloatArray:

@@ -44,7 +44,7 @@ def draw_log_loss(
     scores: Mapping[str, tuple[float, Sequence[float] | None]], references: Mapping[str, float]
 ) -> bytes:
     """Name -> (log loss, its interval), against references ``uniform, prior, length, bayes``."""
-    height = 1.5 + 0.42 * len(scores) + 0.25 * math.ceil(len(references) / 2)
+    height = 1.5 + 0.5 * max(len(scores), 2) + 0.25 * math.ceil(len(references) / 2)
     figure, (axes,) = _start(height)
     for place, (loss, interval) in enumerate(scores.values()):
         if interval is not None:
@@ -62,7 +62,7 @@ def draw_log_loss(
     axes.set_yticks(range(len(scores)), [_shorten(name) for name in scores])
     axes.set_ylim(len(scores) - 0.5, -0.8)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel("log loss on held-out rows (lower is better)")
+    axes.set_xlabel("log loss (lower is better)")
     axes.margins(x=0.08)
     _add_legend(figure, axes)
     return _finish(figure)
@@ -73,7 +73,7 @@ def draw_learning_curves(
     references: Mapping[str, float],
 ) -> bytes:
     """Name -> ``train`` (thin, smoothed) and ``valid`` (marked) losses by step."""
-    figure, (axes,) = _start(4.2 + 0.22 * (len(curves) + len(references)) / 2)
+    figure, (axes,) = _start(3.5 + 0.22 * (len(curves) + len(references)) / 2)
     for place, (name, splits) in enumerate(curves.items()):
         steps, losses = splits["train"]
         color = _color(place)
