@@ -5,6 +5,7 @@ The folder holds `config.json`, `model.safetensors`, the tokenizer's files, the 
 temperature (not applied to the exported logits) and rows by which any program can check itself.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -33,6 +34,15 @@ _TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+)
+_BAD_PLACE = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOENT,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
 )
 _OURS = {"config.json", SINGLE, MODELING, DESCRIPTION, *_TOKENIZER_FILES}
 # Where the tokenizer came from: a place on this machine, of no use on another.
@@ -104,11 +114,16 @@ def check_output(output: Path) -> None:
       InputError: it does, or is no folder.
     """
     where = f"--output={output}"
-    if not output.exists():
+    if not os.path.lexists(output):
         return
-    if not output.is_dir():
+    if not os.path.isdir(output):
         raise InputError(where, "it is not a folder", "name a new folder")
-    held = {path.name for path in output.iterdir()}
+    try:
+        held = {path.name for path in output.iterdir()}
+    except OSError as error:
+        raise InputError(
+            where, f"it cannot be read ({error.strerror})", "name a new folder"
+        ) from None
     earlier = {"config.json", DESCRIPTION, SINGLE} <= held
     strange = sorted(held - _OURS) if earlier else sorted(held)
     if strange:
@@ -297,9 +312,11 @@ def _write(output: Path, texts: Mapping[str, str], tensors: Mapping[str, "np.nda
             (made / name).write_text(text, encoding="utf-8")
         # transformers refuses a file that does not say which framework wrote it
         save_file(dict(tensors), made / SINGLE, metadata={"format": "pt"})
+        # safetensors writes for the owner's eyes alone
+        shutil.copymode(made / "config.json", made / SINGLE)
         for path in [*made.iterdir(), made]:
             _sync(path)
-        if output.exists():
+        if os.path.lexists(output):
             output.rename(replaced)
         try:
             made.rename(output)
@@ -308,17 +325,18 @@ def _write(output: Path, texts: Mapping[str, str], tensors: Mapping[str, "np.nda
                 replaced.rename(output)
             raise
         _sync(output.parent)
-    except PermissionError as error:
-        raise InputError(
-            f"--output={output}", f"it cannot be written ({error.strerror})", "name another folder"
-        ) from error
     except (OSError, SafetensorError) as error:
+        where, reason = f"--output={output}", getattr(error, "strerror", None) or str(error)
+        if getattr(error, "errno", None) in _BAD_PLACE:
+            raise InputError(
+                where, f"it cannot be written there ({reason})", "name another folder"
+            ) from error
         raise RunError(
-            f"--output={output}", f"writing it failed ({error})", "make room or name another folder"
+            where, f"writing it failed ({reason})", "make room or name another folder"
         ) from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
-        if output.exists():  # else the earlier export is all there is
+        if os.path.lexists(output):  # else the earlier export is all there is
             shutil.rmtree(replaced, ignore_errors=True)
 
 

@@ -1,6 +1,7 @@
 """Where pretrained weights come from: a local folder, an installed package, or a model hub."""
 
 import importlib.util
+import os
 import re
 from pathlib import Path, PurePosixPath
 
@@ -40,10 +41,11 @@ def resolve_source(pretrained: str) -> Path:
         return _packaged_folder(pretrained)
     if not pretrained.strip():
         raise InputError(FIELD, "it is empty", "leave it away for random weights")
-    folder = Path(pretrained).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.is_file():
+    # os.path answers False where Path raises: names too long, null bytes, unknown users
+    folder = os.path.expanduser(pretrained)
+    if os.path.isdir(folder):
+        return Path(folder)
+    if os.path.isfile(folder):
         raise InputError(
             f"{FIELD}={pretrained}",
             "it is a file",

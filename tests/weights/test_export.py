@@ -356,6 +356,23 @@ def test_a_failed_write_leaves_the_earlier_export(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["exported", "tokenizer"]
 
 
+def test_everyone_may_read_what_is_written(
+    arguments: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "exported"
+    export_encoder(folder, **arguments())
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+
+
+@pytest.mark.parametrize("place", ["file/inside", "n" * 300])
+def test_a_place_that_cannot_be_is_refused(
+    arguments: Callable[..., dict[str, Any]], tmp_path: Path, place: str
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"--output=.*: it cannot be written there"):
+        export_encoder(tmp_path / place, **arguments())
+
+
 def test_weights_that_are_not_finite_are_refused(
     arguments: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -42,6 +42,9 @@ def test_a_package_is_found_without_importing_it(package: Path) -> None:
         ("./nowhere", "no such folder"),
         ("/nowhere/at/all", "no such folder"),
         ("a/b/c", "no such folder"),
+        ("~no_such_user/model", "no such folder"),
+        ("n/" * 3000, "no such folder"),
+        ("a\0b", "no such folder"),
         ("", "it is empty"),
     ],
 )
