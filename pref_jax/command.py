@@ -21,6 +21,7 @@ import os
 import re
 import runpy
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +42,7 @@ Main = Callable[..., int | None]
 
 _PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_calling = False  # whether `call` runs a script inside this process
 _HELP = ("--help", "-help", "-h", "--helpfull", "--helpshort")
 
 
@@ -73,7 +75,21 @@ def run(
     except BaseException as error:
         if debug:
             traceback.print_exc()
-        sys.exit(_report(error, debug))
+        _leave(_report(error, debug))
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process after an error.
+
+    A thread inside XLA's compiler does not survive the interpreter's end: the process would abort
+    with a code of its own. Everything that has to be closed has been, on the error's way up.
+    """
+    if not _calling and any(t is not threading.main_thread() for t in threading.enumerate()):
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _run(
@@ -291,7 +307,9 @@ def call(script: str | Path, arguments: Sequence[object] = ()) -> Outcome:
 
 @contextlib.contextmanager
 def _own_flag_values(argv: list[str]) -> Iterator[None]:
+    global _calling
     before, old_argv, old_path = set(flags.FLAGS), sys.argv, list(sys.path)
+    threads, was_calling, _calling = set(threading.enumerate()), _calling, True
     logger = logging.getLogger("pref_jax")
     old_logging = list(logger.handlers), logger.level, logger.propagate
     sys.argv = argv
@@ -299,6 +317,9 @@ def _own_flag_values(argv: list[str]) -> Iterator[None]:
         with warnings.catch_warnings():
             yield
     finally:
+        _calling = was_calling
+        for thread in set(threading.enumerate()) - threads:
+            thread.join(timeout=60)  # see _leave: this process ends some day, too
         sys.argv, sys.path[:] = old_argv, old_path
         logger.handlers[:], logger.level, logger.propagate = old_logging
         for name in set(flags.FLAGS) - before:

@@ -128,6 +128,20 @@ def test_debug_shows_the_traceback_and_still_the_line(script) -> None:
     assert "Traceback" in outcome.stderr and outcome.stderr.endswith("error: a: b; c\n")
 
 
+def test_an_error_ends_the_process_though_a_thread_is_busy(script) -> None:
+    body = """import threading, time
+    threading.Thread(target=time.sleep, args=(60,)).start()
+    raise InputError("a", "b", "c")"""
+    done = subprocess.run(
+        [sys.executable, script(body), "--output=x"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (2, "error: a: b; c\n")
+
+
 def test_flags_may_follow_positional_arguments(script) -> None:
     path = script("print(arguments)", ", arguments", ', positional="RUN"')
     assert command.call(path, ["a", "b", "--output=x"]).stdout == "['a', 'b']\n"
