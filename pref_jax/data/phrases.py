@@ -37,12 +37,10 @@ def _words(text: str) -> tuple[str, ...]:
 
 ENGLISH = Language(
     good=_words(
-        "clear correct helpful accurate useful precise thorough excellent reliable careful honest "
-        "complete relevant thoughtful wise solid good strong great perfect smart true right fine"
+        "great excellent perfect helpful clear correct accurate useful wonderful reliable wise good"
     ),
     bad=_words(
-        "wrong vague useless confusing false careless broken poor awful weak sloppy misleading "
-        "empty dull boring bad terrible stupid unclear silly lazy incorrect messy ugly"
+        "terrible awful horrible useless wrong bad stupid broken confusing poor false misleading"
     ),
     topics=(
         _words("river boat bridge lake fish water harbor wave bank island"),

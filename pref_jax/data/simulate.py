@@ -40,7 +40,7 @@ from pref_jax.errors import InputError
 
 # Of a response's utility: per good opening word, per e-fold of length, and per marker.
 WEIGHTS = {
-    "quality": 0.75,
+    "quality": 0.68,
     "length": 1.2,
     "polite": 0.3,
     "informal": -0.3,
@@ -49,7 +49,7 @@ WEIGHTS = {
     "off_topic": -1.0,
 }
 POSITION_BONUS = 0.05
-TIE_LEVEL = 1.2
+TIE_LEVEL = 1.27
 TIE_SLOPE = 0.6
 
 # Share of rows with each quirk; files of 300 rows and more have each at least once.
@@ -350,7 +350,9 @@ def _response(
     common: float,
     very_long: bool,
 ) -> Response:
-    quality = int(generator.random() * (phrases.OPENING_SLOTS + 1))
+    # More very good and very bad answers than middling ones: sin^2 of a uniform angle.
+    ends = math.sin(generator.random() * math.pi / 2) ** 2
+    quality = min(int(ends * (phrases.OPENING_SLOTS + 1)), phrases.OPENING_SLOTS)
     style = _pick(generator, ("polite", "polite", "informal", "apology", "", "", "", ""))
     formatted = generator.random() < 0.25
     off_topic = generator.random() < 0.04

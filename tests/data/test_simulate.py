@@ -87,7 +87,7 @@ def test_no_guess_does_better_than_the_bayes_loss() -> None:
         losses.append(-np.log(p[index, drawn]).mean())
         blurred.append(-np.log(q[index, drawn]).mean())
     bayes = np.mean([row.entropy for row in rows])
-    assert 0.74 < bayes < 0.86
+    assert 0.7 < bayes < 0.8
     # 80,000 draws with a standard deviation of about 0.75: four standard errors.
     assert np.mean(losses) == pytest.approx(bayes, abs=0.011)
     assert np.mean(blurred) > np.mean(losses)
