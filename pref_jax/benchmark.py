@@ -106,9 +106,7 @@ def benchmark(config: ConfigDict, *, mode: str, steps: int, rows: int | None) ->
     """
     comparisons = read_comparisons(training_data(config), labelled=True)
     experiment = Experiment(config, find_backbone(config, comparisons))
-    samples = experiment.make_samples(
-        comparisons, orders=1 if config.data.swap == "none" else 2
-    )
+    samples = experiment.make_samples(comparisons, orders=1 if config.data.swap == "none" else 2)
     chosen = np.arange(len(comparisons))[:rows]
     device = experiment.mesh.devices.flat[0]
     run = _time_training if mode == "train" else _time_prediction

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import math
 import shutil
 import tempfile
@@ -16,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from flax import traverse_util
 from ml_collections import ConfigDict
 
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from pref_jax.data.tokenizers import Tokenizer
     from pref_jax.evaluation.predict import Predictor
 
+logger = logging.getLogger(__name__)
+
 _MODEL_FILE = "model.json"
 _TOKENIZER_FOLDER = "tokenizer"
 _TOKENIZER_FILES = (
@@ -44,6 +46,7 @@ _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
 )
 
 
@@ -514,8 +517,7 @@ def load_frozen(experiment: Experiment) -> Any:
     if found != base.get("digest", ""):
         raise InputError(
             base["source"],
-            f"its weights have the hash {found[:12]}, the run was trained on "
-            f"{base['digest'][:12]}",
+            f"its weights have the hash {found[:12]}, the run was trained on {base['digest'][:12]}",
             "bring back the weights that the run was started from",
         )
     return experiment.split(experiment.initial_params())[1]
@@ -535,7 +537,7 @@ def log_parts(experiment: Experiment) -> None:
     """Says once what was chosen."""
     counts = experiment.count_parameters()
     device = experiment.mesh.devices.flat[0]
-    logging.info(
+    logger.info(
         "%d %s device(s), mesh %s, %s, attention %s, %.1f M parameters (%.1f M trainable)",
         experiment.mesh.devices.size,
         device.device_kind,

@@ -52,9 +52,7 @@ def make_mesh(
             f"{_describe(sizes)} is {int(np.prod(sizes))} devices, and there are {len(devices)}",
             "set one of the sizes to -1",
         )
-    return jax.make_mesh(
-        tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
-    )
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def _describe(sizes: Sequence[int]) -> str:

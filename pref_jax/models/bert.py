@@ -157,13 +157,16 @@ class Embeddings(nn.Module):
         token_types_BxT: jax.Array,
         positions_BxT: jax.Array,
         seeds: jax.Array | None,
+        words_BxTxD: jax.Array | None,
     ) -> jax.Array:
         config = self.config
 
         def table(name: str, rows: int, ids: jax.Array) -> jax.Array:
             return Embedding(rows, config.hidden_size, (None, "embed"), name=name)(ids)
 
-        x_BxTxD = table("word", config.vocab_size, input_ids_BxT)
+        x_BxTxD = words_BxTxD
+        if x_BxTxD is None:
+            x_BxTxD = table("word", config.vocab_size, input_ids_BxT)
         x_BxTxD += table("position", config.max_positions, positions_BxT)
         if config.type_vocab_size:
             x_BxTxD += table("token_type", config.type_vocab_size, token_types_BxT)
@@ -201,6 +204,7 @@ class Encoder(nn.Module):
         segment_ids_BxT: jax.Array,
         pool_positions_BxP: jax.Array | None = None,
         seeds: jax.Array | None = None,
+        words_BxTxD: jax.Array | None = None,
     ) -> jax.Array:
         """Hidden states behind the last layer.
 
@@ -211,6 +215,8 @@ class Encoder(nn.Module):
           segment_ids_BxT: equal numbers see each other; padding has a number of its own.
           pool_positions_BxP: compute the last layer for these tokens only.
           seeds: uint32 ``[B, 2]`` switches dropout on.
+          words_BxTxD: the rows of the word table for ``input_ids_BxT``, where the caller has looked
+            them up itself.
 
         Returns:
           ``[B, P, D]``, or ``[B, T, D]`` without ``pool_positions_BxP``.
@@ -220,7 +226,7 @@ class Encoder(nn.Module):
         if policy is not None:
             layer_type = nn.remat(EncoderLayer, policy=policy)
         x_BxTxD = Embeddings(self.config, self.dtype, name="embeddings")(
-            input_ids_BxT, token_types_BxT, positions_BxT, seeds
+            input_ids_BxT, token_types_BxT, positions_BxT, seeds, words_BxTxD
         )
         for layer in range(self.config.num_layers):
             last = layer == self.config.num_layers - 1

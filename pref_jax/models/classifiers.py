@@ -41,6 +41,7 @@ class PreferenceClassifier(nn.Module):
         segment_ids_BxT: jax.Array,
         pool_positions_BxRxS: jax.Array,
         seeds: jax.Array | None = None,
+        words_BxTxD: jax.Array | None = None,
     ) -> jax.Array:
         """Float32 logits ``[B, R, num_classes]`` of the R rows in each of B packed units.
 
@@ -55,6 +56,7 @@ class PreferenceClassifier(nn.Module):
             segment_ids_BxT,
             pool_positions_BxRxS.reshape(units, rows * sides),
             seeds,
+            words_BxTxD,
         )
         pooled_BxRxD = pooled_BxPxD.astype(jnp.float32).reshape(units, rows, -1)
         pooled_BxRxD = dropout(pooled_BxRxD, self.head_dropout, seeds, _HEAD_SITE)

@@ -13,9 +13,10 @@ import numpy as np
 _FIRST_MULTIPLIER = np.uint32(0x7FEB352D)
 _SECOND_MULTIPLIER = np.uint32(0x846CA68B)
 _GOLDEN = np.uint32(0x9E3779B9)
+_NOTHING = np.uint32(0)
 
 
-def mix(x: jax.Array, extra: jax.Array | np.uint32 = np.uint32(0)) -> jax.Array:
+def mix(x: jax.Array, extra: jax.Array | np.uint32 = _NOTHING) -> jax.Array:
     """Hashes uint32 values; ``extra`` is a second word that enters between the two rounds."""
     x = x ^ (x >> 16)
     x = x * _FIRST_MULTIPLIER

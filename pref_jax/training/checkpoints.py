@@ -10,7 +10,7 @@ import contextlib
 import functools
 import hashlib
 import json
-import logging as standard_logging
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,10 +20,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 
 from pref_jax.errors import InputError, RunError
 from pref_jax.training.workdir import plain, sync_folder, write_durably
+
+logger = logging.getLogger(__name__)
 
 _MANIFEST = "manifest.json"
 # Orbax rewrites these two in the step's folder while it commits, after the manifest.
@@ -218,11 +219,12 @@ class Checkpoints:
         return newest, state, info
 
     def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-        """One checkpoint, bit for bit.
+        """One checkpoint, or a part of it, bit for bit.
 
         Args:
-          abstract_state: tree of `jax.ShapeDtypeStruct`. A leaf with a sharding comes back as a
-            jax array under that sharding, whatever it was saved under; one without as numpy.
+          abstract_state: tree of `jax.ShapeDtypeStruct`; what it leaves out is not read. A leaf
+            with a sharding comes back as a jax array under that sharding, whatever it was saved
+            under; one without as numpy.
 
         Returns:
           state and info.
@@ -237,7 +239,7 @@ class Checkpoints:
             raise InputError(str(folder), "there is no such checkpoint", remedy)
         try:
             _verify(folder)
-            return self._read(step, abstract_state)
+            return self._read(step, abstract_state, partial=True)
         except _Damage as damage:
             raise InputError(str(folder), f"the checkpoint is damaged: {damage}", remedy) from None
 
@@ -324,14 +326,16 @@ class Checkpoints:
             "make room on the disk or mend its permissions, then run the same command again",
         )
 
-    def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+    def _read(
+        self, step: int, abstract_state: Any, *, partial: bool = False
+    ) -> tuple[Any, dict[str, Any]]:
         """A verified checkpoint's state and info."""
         import orbax.checkpoint as ocp
 
         folder = self.directory / str(step)
         manifest = _read_manifest(folder)
         wanted = _name_leaves(abstract_state)
-        _compare_leaves(folder, manifest.leaves, wanted)
+        _compare_leaves(folder, manifest.leaves, wanted, partial=partial)
         filled = {name: leaf for name, leaf in wanted.items() if np.prod(leaf.shape)}
         restore_args = {
             name: ocp.RestoreArgs(restore_type=np.ndarray)
@@ -347,7 +351,9 @@ class Checkpoints:
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.PyTreeRestore(item=filled, restore_args=restore_args)
+                    state=ocp.args.PyTreeRestore(
+                        item=filled, restore_args=restore_args, partial_restore=partial
+                    )
                 ),
             ).state
         except Exception as error:
@@ -375,14 +381,14 @@ class Checkpoints:
 
     def _skip(self, step: int, damage: _Damage) -> None:
         if self._read_only:
-            logging.warning("checkpoint %d is skipped: %s", step, damage)
+            logger.warning("checkpoint %d is skipped: %s", step, damage)
         elif jax.process_index() == 0:
             self._set_aside(step, str(damage))
 
     def _set_aside(self, step: int, reason: str) -> None:
         """Moves a checkpoint away, so that its step can be written again."""
         aside = self.directory.parent / "damaged" / str(step)
-        logging.warning("checkpoint %d is skipped: %s; moved to %s", step, reason, aside)
+        logger.warning("checkpoint %d is skipped: %s; moved to %s", step, reason, aside)
         try:
             aside.parent.mkdir(exist_ok=True)
             shutil.rmtree(aside, ignore_errors=True)
@@ -534,10 +540,16 @@ def _sharding(leaf: Any) -> Any:
 
 
 def _compare_leaves(
-    folder: Path, saved: Mapping[str, tuple[tuple[int, ...], str]], wanted: Mapping[str, Any]
+    folder: Path,
+    saved: Mapping[str, tuple[tuple[int, ...], str]],
+    wanted: Mapping[str, Any],
+    *,
+    partial: bool,
 ) -> None:
     remedy = "resume with the config that the run was started with, or give another --workdir"
     missing, surplus = wanted.keys() - saved.keys(), saved.keys() - wanted.keys()
+    if partial:
+        surplus = set()
     for names, what in ((missing, "lacks"), (surplus, "has, and this run does not want,")):
         if names:
             first = sorted(names)[0]
@@ -570,10 +582,10 @@ def _reason(error: BaseException) -> str:
 
 def _quiet_orbax() -> None:
     """Drops Orbax's log lines: it logs a traceback for what is raised here as one line."""
-    logger = standard_logging.getLogger("absl")
-    if _not_from_orbax not in logger.filters:
-        logger.addFilter(_not_from_orbax)
+    absl = logging.getLogger("absl")
+    if _not_from_orbax not in absl.filters:
+        absl.addFilter(_not_from_orbax)
 
 
-def _not_from_orbax(record: standard_logging.LogRecord) -> bool:
+def _not_from_orbax(record: logging.LogRecord) -> bool:
     return f"{os.sep}orbax{os.sep}" not in record.pathname

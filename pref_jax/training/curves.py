@@ -7,6 +7,7 @@ accelerators. A process that is sent JSON lines keeps all of that away from the 
 
 import importlib.util
 import json
+import logging
 import os
 import queue
 import subprocess
@@ -16,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from absl import logging
+logger = logging.getLogger(__name__)
 
 # A run that ends before TensorFlow is imported waits for its curves at most this long.
 _CLOSE_SECONDS = 60.0
@@ -44,7 +45,7 @@ class Curves:
         missing = [name for name in _REQUIRED if importlib.util.find_spec(name) is None]
         self._on = not missing
         if missing:
-            logging.info("no TensorBoard curves without %s; metrics.jsonl has all", missing[0])
+            logger.info("no TensorBoard curves without %s; metrics.jsonl has all", missing[0])
 
     def write(self, step: int, split: str, row: Mapping[str, Any]) -> None:
         """Takes the numbers among the values of ``row``; returns at once."""
@@ -91,10 +92,10 @@ class Curves:
             _, errors = process.communicate()
             if process.returncode:
                 last = errors.decode(errors="replace").strip().splitlines()[-1:]
-                logging.warning("TensorBoard curves end here: %s", ascii("".join(last))[1:-1])
+                logger.warning("TensorBoard curves end here: %s", ascii("".join(last))[1:-1])
         except Exception as error:
             self._on = False
-            logging.warning("no TensorBoard curves: %s", ascii(str(error))[1:-1])
+            logger.warning("no TensorBoard curves: %s", ascii(str(error))[1:-1])
 
 
 def write_events(folder: str) -> None:

@@ -225,9 +225,7 @@ class TrainingLoop:
                 history.best_loss, history.best_step = loss, step
                 save = True
         if save or step % self._limits.checkpoint_every == 0:
-            self._checkpoints.save(
-                step, state, history.describe(loss), before=self._metrics.sync
-            )
+            self._checkpoints.save(step, state, history.describe(loss), before=self._metrics.sync)
         self._mark = time.monotonic()
 
     def _time_is_up(self) -> bool:

@@ -12,9 +12,7 @@ from flax import traverse_util
 Schedule = Callable[[jax.Array], jax.Array]
 
 
-def make_schedule(
-    name: str, learning_rate: float, warmup_steps: int, total_steps: int
-) -> Schedule:
+def make_schedule(name: str, learning_rate: float, warmup_steps: int, total_steps: int) -> Schedule:
     """Learning rate of update number ``step`` (from 0).
 
     Warm-up is ``step / warmup_steps``; after it "linear" falls to zero at ``total_steps``, so the
@@ -83,6 +81,4 @@ def make_optimizer(
 def is_decayed(params: Any) -> Any:
     """True for matrices and tables, False for biases and norm weights; the shape of ``params``."""
     flat = traverse_util.flatten_dict(params)
-    return traverse_util.unflatten_dict(
-        {path: path[-1] not in ("bias", "scale") for path in flat}
-    )
+    return traverse_util.unflatten_dict({path: path[-1] not in ("bias", "scale") for path in flat})

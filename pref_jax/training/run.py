@@ -1,15 +1,14 @@
 """``launch/train.py``: from a config and a workdir to a trained, evaluated run."""
 
+import logging
 import math
 import threading
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from ml_collections import ConfigDict
 
 from pref_jax import mesh as meshes
@@ -36,6 +35,8 @@ from pref_jax.training.records import MetricLog
 from pref_jax.training.state import TrainState, abstract_state, create_state, merge_parameters
 from pref_jax.training.step import abstract_update, make_train_step
 from pref_jax.training.workdir import FREE_FIELDS, Workdir, describe_environment, write_json
+
+logger = logging.getLogger(__name__)
 
 
 class CompiledStep:
@@ -191,7 +192,7 @@ def train(config: ConfigDict, workdir: Workdir, started: float) -> dict[str, Any
     workdir.write_environment(describe_environment(jax.devices()))
     result = workdir.read_result()
     if result is not None and result.get("steps") == total_steps:
-        logging.info("the run in %s is finished: %d updates", path, total_steps)
+        logger.info("the run in %s is finished: %d updates", path, total_steps)
         return result
 
     log_parts(experiment)
@@ -211,7 +212,7 @@ def train(config: ConfigDict, workdir: Workdir, started: float) -> dict[str, Any
 
     abstract = compiled.abstract
     executable = compiled.executable
-    logging.info(
+    logger.info(
         "compiled the update in %.1f s (compilations: %d)",
         compiled.compile_seconds,
         compiled.compilations,
@@ -227,7 +228,7 @@ def train(config: ConfigDict, workdir: Workdir, started: float) -> dict[str, Any
             step, state, info = restored
             history = History.read(info)
             frozen = load_frozen(experiment) if config.model.frozen_layers else {}
-            logging.info("resumed %s at update %d of %d", path, step, total_steps)
+            logger.info("resumed %s at update %d of %d", path, step, total_steps)
         else:
             step, history = 0, History()
             trainable, frozen = experiment.split(experiment.initial_params())
@@ -255,7 +256,7 @@ def train(config: ConfigDict, workdir: Workdir, started: float) -> dict[str, Any
         state, stopped = loop.run(state, step, history)
         steps = int(state.step)
         if stopped not in (None, "max_hours"):
-            logging.info(
+            logger.info(
                 "stopped by %s and saved at update %d of %d; the same command goes on",
                 stopped,
                 steps,
@@ -375,7 +376,7 @@ def _describe_rows(comparisons: Comparisons, samples: np.ndarray) -> str:
 def _warn_about_schedule(config: ConfigDict, total_steps: int) -> None:
     warmup = config.train.warmup_steps
     if warmup >= total_steps:
-        logging.warning(
+        logger.warning(
             "train.warmup_steps=%d and the run has %d updates: the peak learning rate is never "
             "reached, the last update is at %.3g of %.3g",
             warmup,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from flax import traverse_util
 from jax import lax
 
 from pref_jax.data.batches import Packed, Update
@@ -19,8 +20,16 @@ from pref_jax.training.tasks import preference_losses
 TrainStep = Callable[[TrainState, Any, Update], tuple[TrainState, dict[str, jax.Array]]]
 
 
+# Where the word table lies in the parameters, see `make_gradient`.
+_WORDS = ("encoder", "embeddings", "word", "embedding")
+
+
 def apply_model(
-    model: nn.Module, params: Any, packed: Packed, seeds: jax.Array | None
+    model: nn.Module,
+    params: Any,
+    packed: Packed,
+    seeds: jax.Array | None,
+    words: jax.Array | None = None,
 ) -> jax.Array:
     """Logits ``[B, R, classes]`` of packed units ``[B, ...]``."""
     return model.apply(
@@ -31,13 +40,12 @@ def apply_model(
         packed.segment_ids,
         packed.pool_positions,
         seeds,
+        words,
     )
 
 
 def _microbatch(packed: Packed, number: jax.Array) -> Packed:
-    return jax.tree.map(
-        lambda leaf: lax.dynamic_index_in_dim(leaf, number, keepdims=False), packed
-    )
+    return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, number, keepdims=False), packed)
 
 
 def make_gradient(model: nn.Module, seed: int) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
@@ -45,6 +53,10 @@ def make_gradient(model: nn.Module, seed: int) -> Callable[..., tuple[Any, dict[
 
     The number of microbatches is data: the gradient is taken inside the loop's body, so the loop
     may have a dynamic bound, and updates of any size run the same program.
+
+    The word table is half of a small encoder, and a microbatch touches few of its rows. So the
+    gradient is taken for the rows looked up and added to the sum in place; a gradient of the whole
+    table, zeros and all, would be written and read back in every microbatch.
 
     Returns:
       ``gradient(trainable, frozen, update, step, scale) -> (gradients, sums)``: gradients of
@@ -55,9 +67,15 @@ def make_gradient(model: nn.Module, seed: int) -> Callable[..., tuple[Any, dict[
     def gradient(
         trainable: Any, frozen: Any, update: Update, step: jax.Array, scale: jax.Array
     ) -> tuple[Any, dict[str, jax.Array]]:
-        def loss_of(trainable: Any, packed: Packed) -> tuple[jax.Array, dict[str, jax.Array]]:
+        rest = traverse_util.flatten_dict(trainable)
+        table = rest.pop(_WORDS)
+
+        def loss_of(
+            rest: Any, words: jax.Array, packed: Packed
+        ) -> tuple[jax.Array, dict[str, jax.Array]]:
             seeds = unit_seeds(jnp.uint32(seed), step, packed.unit_ids)
-            logits = apply_model(model, merge_parameters(trainable, frozen), packed, seeds)
+            params = merge_parameters(traverse_util.unflatten_dict(rest), frozen)
+            logits = apply_model(model, params, packed, seeds, words)
             losses = preference_losses(logits, packed.labels, packed.tie_allowed)
             weights = packed.weights / update.total_weight
             loss = jnp.sum(losses * weights)
@@ -65,14 +83,22 @@ def make_gradient(model: nn.Module, seed: int) -> Callable[..., tuple[Any, dict[
             return loss * scale, {"loss": loss, "accuracy": jnp.sum(correct * weights)}
 
         def add_microbatch(number: jax.Array, sums: tuple, packed: Packed) -> tuple:
-            (_, values), gradients = jax.value_and_grad(loss_of, has_aux=True)(
-                trainable, _microbatch(packed, number)
+            micro = _microbatch(packed, number)
+            words = table.at[micro.input_ids].get(mode="clip")
+            (_, values), (gradients, of_words) = jax.value_and_grad(
+                loss_of, argnums=(0, 1), has_aux=True
+            )(rest, words, micro)
+            sum_of_rest, sum_of_table, sum_of_values = sums
+            return (
+                jax.tree.map(jnp.add, sum_of_rest, gradients),
+                sum_of_table.at[micro.input_ids].add(of_words.astype(jnp.float32)),
+                jax.tree.map(jnp.add, sum_of_values, values),
             )
-            return jax.tree.map(jnp.add, sums, (gradients, values))
 
         zero = jnp.float32(0.0)
         sums = (
-            jax.tree.map(jnp.zeros_like, trainable),
+            jax.tree.map(jnp.zeros_like, rest),
+            jnp.zeros_like(table),
             {"loss": zero, "accuracy": zero},
         )
         for bucket, packed in enumerate(update.buckets):
@@ -82,7 +108,8 @@ def make_gradient(model: nn.Module, seed: int) -> Callable[..., tuple[Any, dict[
                 lambda number, sums, packed=packed: add_microbatch(number, sums, packed),
                 sums,
             )
-        return sums
+        gradients, of_table, values = sums
+        return traverse_util.unflatten_dict({**gradients, _WORDS: of_table}), values
 
     return gradient
 

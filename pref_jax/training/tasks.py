@@ -19,9 +19,7 @@ def mask_tie(logits: jax.Array, tie_allowed: jax.Array) -> jax.Array:
     return jnp.where(possible, logits, _IMPOSSIBLE)
 
 
-def preference_losses(
-    logits: jax.Array, labels: jax.Array, tie_allowed: jax.Array
-) -> jax.Array:
+def preference_losses(logits: jax.Array, labels: jax.Array, tie_allowed: jax.Array) -> jax.Array:
     """Cross-entropy of each row in nats, ``[...]``."""
     log_probabilities = jax.nn.log_softmax(mask_tie(logits, tie_allowed))
     return -jnp.take_along_axis(log_probabilities, labels[..., None], axis=-1)[..., 0]
