@@ -268,19 +268,22 @@ class Experiment:
         """Trainable and frozen parts of a parameter tree."""
         return split_parameters(params, trainable_above(self.config.model.frozen_layers))
 
-    def initial_params(self) -> Any:
+    def initial_params(self, encoder: Any = None) -> Any:
         """New head, and the encoder as the backbone says; placed on the mesh.
 
         The order of precedence, where a run has several places to start from, is decided by the
         caller: resume from a checkpoint, else these.
+
+        Args:
+          encoder: what `load_encoder` returned, where the caller has called it already.
         """
-        base = self.backbone.base
         key = jax.random.key(self.config.seed)
-        if base["kind"] == "random":
+        if encoder is None:
+            encoder = self.load_encoder()
+        if encoder is None:
             return self._random(key, self.abstract_params)
         # Only the head is drawn: the compiler drops what is not asked for.
         head = self._random(key, {"head": self.abstract_params["head"]})
-        encoder = self.load_encoder()
         return {"encoder": encoder, **head}
 
     def _random(self, key: jax.Array, abstract: Any) -> Any:
@@ -301,12 +304,14 @@ class Experiment:
         return jax.jit(draw, out_shardings=shardings)(key)
 
     def load_encoder(self) -> Any:
-        """The base's encoder, onto the mesh shard by shard.
+        """The base's encoder, onto the mesh shard by shard; None where the weights are random.
 
         Raises:
-          InputError: the base is gone or is not the one that the run was started with.
+          InputError: the base is gone, damaged or of another shape.
         """
         base, abstract = self.backbone.base, self.abstract_params["encoder"]
+        if base["kind"] == "random":
+            return None
         if base["kind"] == "pretrained":
             from pref_jax.weights.huggingface import load_encoder
             from pref_jax.weights.sources import resolve_source

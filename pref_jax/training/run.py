@@ -187,6 +187,10 @@ def train(config: ConfigDict, workdir: Workdir, started: float) -> dict[str, Any
     experiment = Experiment(config, backbone)
     steps_per_epoch = -(-len(data.train_rows) // config.train.batch_size)
     total_steps = count_steps(config, steps_per_epoch)
+    # A new folder gets no config of weights that turn out to be broken or of another model, so
+    # that the corrected command works in it.
+    _ = experiment.tokenizer
+    encoder = None if workdir.config_path.exists() else experiment.load_encoder()
     workdir.settle_config(config.to_dict(), free=(*FREE_FIELDS, "data.train", "data.valid"))
     experiment.write_model(path, {"train": data.train.digest, "valid": data.valid.digest})
     workdir.write_environment(describe_environment(jax.devices()))
@@ -231,8 +235,10 @@ def train(config: ConfigDict, workdir: Workdir, started: float) -> dict[str, Any
             logger.info("resumed %s at update %d of %d", path, step, total_steps)
         else:
             step, history = 0, History()
-            trainable, frozen = experiment.split(experiment.initial_params())
+            trainable, frozen = experiment.split(experiment.initial_params(encoder))
             state = create_state(trainable, compiled.optimizer, abstract)
+            del trainable  # the state has its own copy
+        del encoder
         metrics.drop_after(step)
         evaluator = _Evaluator(predictor, data, valid_samples, frozen)
         hours = config.train.max_hours

@@ -164,6 +164,7 @@ TABLE = [
             ("extra_tensor", "encoder.layer.7"),
             ("wrong_shape", "shape"),
             ("small_table", "small_table"),
+            ("not_finite", "not finite"),
         ]
     ),
     (f"{GOOD} --config.model.pretrained=bert --config.model.family=distilbert", "distilbert"),
@@ -391,6 +392,7 @@ def _write_weights(folder: Path) -> None:
     write("missing_tensor", weights={k: v for k, v in tensors.items() if k != gone})
     write("extra_tensor", weights=tensors | {"encoder.layer.7.output.dense.bias": np.zeros(8)})
     write("wrong_shape", weights=tensors | {gone: np.zeros((8, 4), np.float32)})
+    write("not_finite", weights=tensors | {gone: np.full((8, 8), np.nan, np.float32)})
     table = "embeddings.word_embeddings.weight"
     write("small_table", weights=tensors | {table: tensors[table][:6]}, vocab_size=6)
 
