@@ -17,6 +17,7 @@ import numpy as np
 
 from pref_jax import cache
 from pref_jax.errors import InputError
+from pref_jax.quiet import native_libraries_silenced
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -325,8 +326,9 @@ class TensorFlowTextTokenizer(_Base):
 def _import_tensorflow_text() -> tuple[Any, Any]:
     """Imports TensorFlow such that it leaves the accelerators and the terminal alone."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    import tensorflow
-    import tensorflow_text
+    with native_libraries_silenced():
+        import tensorflow
+        import tensorflow_text
 
     tensorflow.config.set_visible_devices([], "GPU")
     return tensorflow, tensorflow_text
