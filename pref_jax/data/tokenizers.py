@@ -330,7 +330,7 @@ def _import_tensorflow_text() -> tuple[Any, Any]:
         import tensorflow
         import tensorflow_text
 
-    tensorflow.config.set_visible_devices([], "GPU")
+        tensorflow.config.set_visible_devices([], "GPU")
     return tensorflow, tensorflow_text
 
 
