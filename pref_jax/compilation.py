@@ -11,6 +11,7 @@ def keep_compiled_programs() -> None:
     `launch/train.py --clear_cache` empties it with the rest. Programs that compile in less than a
     second are not worth a file.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    # jax adds its options to this object at run time, unseen by type checkers.
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(cache.folder("compiled")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

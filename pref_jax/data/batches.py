@@ -15,7 +15,7 @@ inside the update before they are dealt out to devices: a result does not depend
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -139,7 +139,11 @@ def pack(totals: np.ndarray, samples: np.ndarray, geometry: Geometry) -> list[Un
     return units
 
 
-class Packed(NamedTuple):
+# Arrays on the host, on devices, traced, or abstract: packed units are a pytree.
+Array = TypeVar("Array")
+
+
+class Packed(NamedTuple, Generic[Array]):
     """Packed units as arrays; leading axes ``[K, B]`` (microbatch, unit) or ``[B]``.
 
     Attributes:
@@ -152,23 +156,29 @@ class Packed(NamedTuple):
       tie_allowed: bool ``[..., R]``.
     """
 
-    input_ids: np.ndarray
-    token_types: np.ndarray
-    positions: np.ndarray
-    segment_ids: np.ndarray
-    pool_positions: np.ndarray
-    unit_ids: np.ndarray
-    samples: np.ndarray
-    labels: np.ndarray
-    weights: np.ndarray
-    tie_allowed: np.ndarray
+    input_ids: Array
+    token_types: Array
+    positions: Array
+    segment_ids: Array
+    pool_positions: Array
+    unit_ids: Array
+    samples: Array
+    labels: Array
+    weights: Array
+    tie_allowed: Array
 
 
-def allocate(shape: tuple[int, ...], length: int, rows: int, sides: int) -> Packed:
+def allocate(shape: tuple[int, ...], length: int, rows: int, sides: int) -> Packed[np.ndarray]:
     """Units of padding."""
-    tokens = [np.zeros((*shape, length), np.int32) for _ in range(4)]
+
+    def tokens() -> np.ndarray:
+        return np.zeros((*shape, length), np.int32)
+
     return Packed(
-        *tokens,
+        input_ids=tokens(),
+        token_types=tokens(),
+        positions=tokens(),
+        segment_ids=tokens(),
         pool_positions=np.zeros((*shape, rows, sides), np.int32),
         unit_ids=np.zeros(shape, np.int32),
         samples=np.full((*shape, rows), -1, np.int32),
@@ -178,7 +188,9 @@ def allocate(shape: tuple[int, ...], length: int, rows: int, sides: int) -> Pack
     )
 
 
-def write_unit(packed: Packed, at: tuple[int, ...], unit_id: int, unit: Unit, samples: Samples):
+def write_unit(
+    packed: Packed[np.ndarray], at: tuple[int, ...], unit_id: int, unit: Unit, samples: Samples
+) -> None:
     """Writes one unit's rows into ``packed[at]``."""
     input_ids, token_types, positions, segment_ids = (field[at] for field in packed[:4])
     packed.unit_ids[at] = unit_id
@@ -200,16 +212,16 @@ def write_unit(packed: Packed, at: tuple[int, ...], unit_id: int, unit: Unit, sa
             start = stop
 
 
-class Update(NamedTuple):
+class Update(NamedTuple, Generic[Array]):
     """One optimizer update: per bucket length the packed microbatches ``[K, B, ...]``.
 
     ``num_microbatches`` ``[buckets]`` says how many of each bucket's K are in use,
     ``total_weight`` is the sum of all rows' weights.
     """
 
-    buckets: tuple[Packed, ...]
-    num_microbatches: np.ndarray
-    total_weight: np.ndarray
+    buckets: tuple[Packed[Array], ...]
+    num_microbatches: Array
+    total_weight: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,7 +283,7 @@ class BatchPlan:
         samples = self.batch_size * (2 if self.swap == "both" else 1)
         return update_shapes(self.geometry, samples, self.shards, self.microbatch_size)
 
-    def update(self, step: int) -> Update:
+    def update(self, step: int) -> Update[np.ndarray]:
         """Packs update ``step``."""
         numbers = self.sample_numbers(step)
         units = pack(self.samples.lengths[numbers].sum(axis=1), numbers, self.geometry)
@@ -291,7 +303,7 @@ class BatchPlan:
             -(-number // packed.unit_ids.shape[1])
             for number, packed in zip(used, buckets, strict=True)
         ]
-        return Update(buckets, np.array(counts, np.int32), np.float32(len(numbers)))
+        return Update(buckets, np.array(counts, np.int32), np.array(len(numbers), np.float32))
 
 
 def update_shapes(
@@ -314,7 +326,7 @@ def update_shapes(
 
 def prediction_batches(
     samples: Samples, numbers: np.ndarray, geometry: Geometry, shapes: Sequence[tuple[int, int]]
-) -> Iterator[Update]:
+) -> Iterator[Update[np.ndarray]]:
     """Packs a whole file for prediction, ``shapes`` ``(K, B)`` units of each length at a time.
 
     Packing over thousands of rows at once leaves hardly any padding; a window of rows at a time
@@ -322,7 +334,7 @@ def prediction_batches(
     """
     waiting: list[list[Unit]] = [[] for _ in geometry.unit_lengths]
 
-    def emit(counts: list[int]) -> Update:
+    def emit(counts: list[int]) -> Update[np.ndarray]:
         buckets = []
         for bucket, (shape, count) in enumerate(zip(shapes, counts, strict=True)):
             packed = allocate(
@@ -336,7 +348,7 @@ def prediction_batches(
             for number, unit in enumerate(taken):
                 write_unit(packed, divmod(number, shape[1]), number, unit, samples)
             buckets.append(packed)
-        return Update(tuple(buckets), np.array(counts, np.int32), np.float32(1.0))
+        return Update(tuple(buckets), np.array(counts, np.int32), np.array(1.0, np.float32))
 
     window = 4096
     for start in range(0, len(numbers), window):
@@ -356,7 +368,7 @@ def prediction_batches(
         )
 
 
-def padding_fraction(updates: Iterable[Update]) -> float:
+def padding_fraction(updates: Iterable[Update[np.ndarray]]) -> float:
     """Share of the tokens computed that are padding, empty units of used microbatches included."""
     computed = real = 0
     for update in updates:

@@ -105,7 +105,7 @@ class Predictor:
         return result
 
 
-def place_update(update: Update, mesh: Mesh) -> Update:
+def place_update(update: Update[np.ndarray], mesh: Mesh) -> Update[jax.Array]:
     """Puts a packed update onto the devices, units cut over the batch axes."""
     units, scalar = meshes.batch_sharding(mesh, 1), meshes.replicated(mesh)
     buckets = jax.tree.map(lambda array: meshes.place(array, units), update.buckets)

@@ -22,7 +22,7 @@ class TrainState(struct.PyTreeNode):
       loss_scale: None unless the precision is float16.
     """
 
-    step: jax.Array
+    step: Any  # jax.Array, or like all other leaves jax.ShapeDtypeStruct in an abstract state
     params: Any
     opt_state: Any
     loss_scale: LossScale | None

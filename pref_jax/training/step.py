@@ -32,7 +32,7 @@ def apply_model(
     words: jax.Array | None = None,
 ) -> jax.Array:
     """Logits ``[B, R, classes]`` of packed units ``[B, ...]``."""
-    return model.apply(
+    logits: Any = model.apply(  # Flax does not know what a module returns
         {"params": params},
         packed.input_ids,
         packed.token_types,
@@ -42,9 +42,10 @@ def apply_model(
         seeds,
         words,
     )
+    return logits
 
 
-def _microbatch(packed: Packed, number: jax.Array) -> Packed:
+def _microbatch(packed: Packed, number: jax.Array | int) -> Packed:
     return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, number, keepdims=False), packed)
 
 
@@ -187,7 +188,7 @@ def make_predict_step(model: nn.Module) -> Callable[[Any, Update], tuple[jax.Arr
 
 def abstract_update(
     shapes: tuple[tuple[int, int], ...], geometry: Any, unit_sharding: Any, scalar_sharding: Any
-) -> Update:
+) -> Update[jax.ShapeDtypeStruct]:
     """Shapes and shardings of an update, for compiling before there is data."""
     from pref_jax.data.batches import allocate
 
