@@ -11,26 +11,19 @@ from pref_jax.evaluation.baselines import Baselines
 from pref_jax.evaluation.files import check_output_file
 from pref_jax.evaluation.predict import to_probabilities
 from pref_jax.evaluation.predictions import Predictions
-from pref_jax.evaluation.submission import write_submission
+from pref_jax.evaluation.submission import round_probabilities, write_submission
 from pref_jax.experiment import Run, load_run
 from pref_jax.training.progress import Progress
 from pref_jax.training.workdir import write_json
 
 
-def score(
-    run: Run,
-    comparisons: Comparisons,
-    *,
-    swap_average: bool = False,
-    tie_allowed: np.ndarray | None = None,
-) -> np.ndarray:
+def score(run: Run, comparisons: Comparisons, *, swap_average: bool = False) -> np.ndarray:
     """Probabilities ``[n, 3]`` of a file's rows.
 
     Args:
       run: the trained run.
       comparisons: the file.
       swap_average: mean over both orders of the responses, the exchanged one turned back.
-      tie_allowed: bool ``[n]``; the tie is taken away where it is false. None: nowhere.
     """
     experiment = run.experiment
     orders = 2 if swap_average else 1
@@ -48,12 +41,9 @@ def score(
             run.params, samples, np.arange(rows * orders), report=report
         )
     parts = [
-        to_probabilities(part, temperature=run.temperature, tie_allowed=tie_allowed)
-        for part in np.split(logits, orders)
+        to_probabilities(part, temperature=run.temperature) for part in np.split(logits, orders)
     ]
-    if not swap_average:
-        return parts[0]
-    return (parts[0] + parts[1][:, [1, 0, 2]]) / 2.0
+    return (parts[0] + parts[1][:, [1, 0, 2]]) / 2.0 if swap_average else parts[0]
 
 
 def predict(workdir: str, data: str, output: str, *, swap_average: bool) -> None:
@@ -81,9 +71,8 @@ def evaluate(workdir: str, data: str, *, output: str | None, swap_average: bool)
     compilation.keep_compiled_programs()
     comparisons = read_comparisons(data, labelled=True)
     run = load_run(Path(workdir))
-    probabilities = score(
-        run, comparisons, swap_average=swap_average, tie_allowed=comparisons.tie_allowed
-    )
+    # The digits that `predict` writes, ties not yet taken away: what is scored is that file.
+    probabilities = round_probabilities(score(run, comparisons, swap_average=swap_average))
     baselines = Baselines.load(run.workdir / "baselines.json")
     result = Predictions.collect(comparisons, probabilities).evaluate(baselines)
     print_evaluation(result)

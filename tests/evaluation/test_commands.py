@@ -1,0 +1,67 @@
+"""``evaluate`` scores the file that ``predict`` writes."""
+
+import csv
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pref_jax import command
+from pref_jax.evaluation.submission import read_submission
+
+LABELS = ("winner_model_a", "winner_model_b", "winner_tie")
+TINY = (
+    "--config.model.pretrained=none --config.model.config.num_layers=1"
+    " --config.model.config.hidden_size=8 --config.model.config.num_heads=2"
+    " --config.model.config.intermediate_size=8 --config.input.max_length=32"
+    " --config.train.max_steps=2 --config.train.learning_rate=0.05"
+    " --config.logging.tensorboard=false"
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iterator[Path]:
+    """13 rows, one of which no judge could call a tie, and a run trained on them."""
+    folder = tmp_path_factory.mktemp("world")
+    with open(folder / "rows.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "prompt", "response_a", "response_b", *LABELS, "tie_allowed"])
+        for i in range(13):
+            texts = (f"Question {i}?", f"Answer {i}. " * (i + 1), f"No idea, {'really ' * i}.")
+            winner = [int(i % 3 == label) for label in range(3)]
+            cells = [json.dumps([text]) for text in texts]
+            writer.writerow([i, *cells, *winner, int(i != 1)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREF_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        rows = folder / "rows.csv"
+        line = (
+            f"--config={repository}/configs/quickstart.py --workdir={folder}/run {TINY}"
+            f" --config.data.train={rows} --config.data.valid={rows}"
+        )
+        outcome = command.call(repository / "launch" / "train.py", line.split())
+        assert outcome.code == 0, outcome
+        yield folder
+
+
+@pytest.mark.parametrize("swap_average", [False, True])
+def test_the_log_loss_is_that_of_the_file(
+    world: Path, repository: Path, swap_average: bool
+) -> None:
+    common = [f"--workdir={world}/run", f"--data={world}/rows.csv"]
+    if swap_average:
+        common.append("--swap_average")
+    for name, output in (("predict", "out.csv"), ("evaluate", "out.json")):
+        done = command.call(
+            repository / "launch" / f"{name}.py", [*common, f"--output={world / output}"]
+        )
+        assert done.code == 0, done
+    _, probabilities = read_submission(world / "out.csv")
+    probabilities[1, 2] = 0.0
+    probabilities[1] /= probabilities[1].sum()
+    by_hand = np.mean([-math.log(probabilities[i, i % 3]) for i in range(13)])
+    result = json.loads((world / "out.json").read_text())
+    assert result["rows"] == 13
+    assert result["log_loss"] == pytest.approx(by_hand, abs=1e-12)
