@@ -58,11 +58,16 @@ def folder(kind: str) -> Path:
     return path
 
 
-def clear() -> None:
-    """Empties the cache; other files that happen to lie in its folder stay."""
-    for path in cache_dir().iterdir():
-        if (path / _TAG).is_file():
-            shutil.rmtree(path, ignore_errors=True)
+def clear() -> list[Path]:
+    """Empties the cache; other files that happen to lie in its folder stay.
+
+    Returns:
+      The folders removed. One that another process is filling meanwhile may stay.
+    """
+    ours = [path for path in sorted(cache_dir().iterdir()) if (path / _TAG).is_file()]
+    for path in ours:
+        shutil.rmtree(path, ignore_errors=True)
+    return [path for path in ours if not path.exists()]
 
 
 @contextmanager

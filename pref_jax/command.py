@@ -124,7 +124,7 @@ def _run(
     if config:
         path = flags.FLAGS["config"].value
         if path is None and config != "optional":
-            raise InputError("--config", "it is missing", _what_to_type("--config", doc))
+            raise missing("--config", doc)
         if path is None and overrides:
             raise InputError(
                 f"--config.{overrides[0][0]}",
@@ -170,7 +170,7 @@ def _illegal_value(message: str, doc: str) -> InputError:
         return InputError(where, message, "--help tells what the flags take")
     name, value, why = named[1], named[2], named[3]
     if "other than None" in why:
-        return InputError(where, "it is missing", _what_to_type(where, doc))
+        return missing(where, doc)
     flag = flags.FLAGS[name]
     choices = getattr(flag.parser, "enum_values", None)
     if choices:
@@ -180,6 +180,11 @@ def _illegal_value(message: str, doc: str) -> InputError:
     if kind and re.search(r"invalid literal|could not convert|Non-boolean|Expect", why):
         why = f"not {kind}"
     return InputError(where, f"{value!r}: {why}", (flag.help or "").rstrip(".") or "see --help")
+
+
+def missing(flag: str, doc: str) -> InputError:
+    """The error of a flag that is needed and was not given; ``doc`` is the script's docstring."""
+    return InputError(flag, "it is missing", _what_to_type(flag, doc))
 
 
 def _what_to_type(name: str, doc: str) -> str:

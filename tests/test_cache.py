@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from pref_jax import cache
+from pref_jax import cache, command
 from pref_jax.errors import InputError, RunError
 
 
@@ -59,7 +59,7 @@ def test_full_disk_is_one_line():
 
 SLOW = """
 import sys, time
-from pref_jax import cache
+from pref_jax import cache, command
 def make(path):
     path.mkdir()
     (path / "part").write_text("half")
@@ -130,9 +130,17 @@ def test_clear_deletes_only_what_is_the_caches(own_cache):
     entry = cache.entry("things", "key", write)
     (own_cache / "precious").mkdir()
     (own_cache / "precious" / "file").write_text("mine")
-    cache.clear()
+    assert cache.clear() == [own_cache / "things"]
     assert not entry.exists()
     assert (own_cache / "precious" / "file").read_text() == "mine"
+
+
+def test_train_clears_the_cache_without_a_config(own_cache, repository):
+    cache.entry("things", "key", write)
+    script = repository / "launch" / "train.py"
+    outcome = command.call(script, ["--clear_cache"])
+    assert outcome == (0, f"removed {own_cache / 'things'}\n", "")
+    assert command.call(script, ["--clear_cache"]) == (0, "the cache was empty\n", "")
 
 
 def test_unusable_folder_names_the_variable(tmp_path, monkeypatch):
