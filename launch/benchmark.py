@@ -21,7 +21,7 @@ flags.DEFINE_string("output", None, "JSON file to write.")
 def main(options, config):
     import json
 
-    from pref_jax.evaluation.files import check_output_file
+    from pref_jax.files import check_output_file
 
     if options.output is not None:
         check_output_file(options.output)
@@ -30,7 +30,7 @@ def main(options, config):
     result = benchmark(config, mode=options.mode, steps=options.steps, rows=options.rows)
     print(json.dumps(result, indent=2))
     if options.output is not None:
-        from pref_jax.training.workdir import write_json
+        from pref_jax.files import write_json
 
         write_json(Path(options.output), result)
 

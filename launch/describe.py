@@ -37,7 +37,7 @@ def main(options, config):
     found = describe(comparisons, tokenizer, layouts, row=options.row)
     print(render(found))
     if options.output:
-        from pref_jax.training.workdir import write_json
+        from pref_jax.files import write_json
 
         write_json(Path(options.output), found)
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pref_jax.errors import InputError, RunError
+from pref_jax.files import sync, sync_tree
 
 VARIABLE = "PREF_JAX_CACHE"
 
@@ -33,11 +34,7 @@ def cache_dir() -> Path:
         if not os.access(path, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, "Permission denied")
     except OSError as error:
-        raise InputError(
-            str(path),
-            f"the cache folder cannot be written ({error.strerror})",
-            f"set {VARIABLE} to a folder that can be",
-        ) from error
+        raise _refuse(path, error) from error
     return path.absolute()
 
 
@@ -50,12 +47,16 @@ def folder(kind: str) -> Path:
         if not tag.exists():
             tag.write_text(_TAG_TEXT)
     except OSError as error:
-        raise InputError(
-            str(path),
-            f"the cache folder cannot be written ({error.strerror})",
-            f"set {VARIABLE} to a folder that can be",
-        ) from error
+        raise _refuse(path, error) from error
     return path
+
+
+def _refuse(path: Path, error: OSError) -> InputError:
+    return InputError(
+        str(path),
+        f"the cache folder cannot be written ({error.strerror})",
+        f"set {VARIABLE} to a folder that can be",
+    )
 
 
 def clear() -> list[Path]:
@@ -130,13 +131,13 @@ def entry(kind: str, key: str, make: Callable[[Path], None]) -> Path:
         temporary = parent / f".{key}.{uuid.uuid4().hex}.tmp"
         try:
             make(temporary)
-            _flush(temporary)
+            sync_tree(temporary)
             try:
                 os.rename(temporary, final)
             except OSError:
                 if not final.exists():  # else another process was faster: same key, same content
                     raise
-            _flush_folder(parent)
+            sync(parent)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise RunError(
@@ -166,21 +167,3 @@ def _remove_leftovers(parent: Path, held: str | None) -> None:
         with locked(parent / f".{key}.lock", wait=False) as dead:
             if dead:
                 remove(temporary)
-
-
-def _flush(path: Path) -> None:
-    for part in [path, *path.rglob("*")] if path.is_dir() else [path]:
-        _flush_folder(part) if part.is_dir() else _flush_file(part)
-
-
-def _flush_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _flush_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

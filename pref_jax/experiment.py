@@ -24,13 +24,14 @@ from pref_jax import mesh as meshes
 from pref_jax.data.batches import Geometry, Samples, make_geometry
 from pref_jax.data.segments import Layout
 from pref_jax.errors import InputError
+from pref_jax.files import read_json, write_json
 from pref_jax.models.attention import choose_implementation
 from pref_jax.models.bert import EncoderConfig
 from pref_jax.models.classifiers import PreferenceClassifier
 from pref_jax.training.checkpoints import Checkpoints
 from pref_jax.training.precision import choose_precision
 from pref_jax.training.state import split_parameters, trainable_above
-from pref_jax.training.workdir import Workdir, read_json, write_json
+from pref_jax.training.workdir import Workdir
 
 if TYPE_CHECKING:
     from pref_jax.data.arena import Comparisons

@@ -17,6 +17,7 @@ import numpy as np
 
 from pref_jax import cache
 from pref_jax.errors import InputError
+from pref_jax.files import read_json
 from pref_jax.quiet import native_libraries_silenced
 
 if TYPE_CHECKING:
@@ -146,15 +147,7 @@ def read_wordpiece(folder: Path) -> WordPiece:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(str(path), f"this is not JSON ({error})", "fetch the file anew") from error
-    if not isinstance(content, dict):
-        raise InputError(str(path), "this is not a JSON object", "fetch the file anew")
-    return content
+    return read_json(path, "fetch the file anew") if path.is_file() else {}
 
 
 def _from_tokenizer_json(path: Path) -> tuple[dict[str, int], dict[str, Any]]:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pref_jax.errors import InputError
-from pref_jax.evaluation.files import write_durably
+from pref_jax.files import write_durably
 
 NAMES = ("uniform", "prior", "length")
 FILE = "baselines.json"

@@ -8,13 +8,12 @@ import numpy as np
 from pref_jax import compilation
 from pref_jax.data.arena import Comparisons, read_comparisons
 from pref_jax.evaluation.baselines import Baselines
-from pref_jax.evaluation.files import check_output_file
 from pref_jax.evaluation.predict import to_probabilities
 from pref_jax.evaluation.predictions import Predictions
 from pref_jax.evaluation.submission import round_probabilities, write_submission
 from pref_jax.experiment import Run, load_run
+from pref_jax.files import check_output_file, write_json
 from pref_jax.training.progress import Progress
-from pref_jax.training.workdir import write_json
 
 
 def score(run: Run, comparisons: Comparisons, *, swap_average: bool = False) -> np.ndarray:

@@ -16,8 +16,8 @@ import numpy.typing as npt
 from pref_jax.errors import InputError
 from pref_jax.evaluation import metrics
 from pref_jax.evaluation.baselines import Baselines, count_words
-from pref_jax.evaluation.files import write_durably
 from pref_jax.evaluation.submission import quote_cell
+from pref_jax.files import write_durably
 
 FILE = "valid_predictions.csv"
 COLUMNS = (

@@ -14,10 +14,10 @@ import numpy as np
 
 from pref_jax.errors import InputError
 from pref_jax.evaluation import figures, metrics
-from pref_jax.evaluation.files import make_output_folder, write_durably
 from pref_jax.evaluation.predictions import Predictions
 from pref_jax.evaluation.runs import Run, read_runs
 from pref_jax.evaluation.submission import quote_cell
+from pref_jax.files import make_output_folder, write_durably
 
 FIGURES = (
     "log_loss",

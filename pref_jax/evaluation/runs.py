@@ -11,6 +11,7 @@ from pref_jax.errors import InputError
 from pref_jax.evaluation import baselines, predictions
 from pref_jax.evaluation.baselines import Baselines
 from pref_jax.evaluation.predictions import Predictions
+from pref_jax.files import read_json
 
 _PARTS = ("config.json", "metrics.jsonl", "result.json")
 
@@ -115,15 +116,7 @@ def _name_runs(folders: Sequence[Path]) -> list[str]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(str(path), "cannot be read as JSON", "run the training again") from error
-    if not isinstance(content, dict):
-        raise InputError(str(path), "does not hold a JSON object", "run the training again")
-    return content
+    return read_json(path, "run the training again") if path.is_file() else {}
 
 
 def _read_curves(path: Path) -> dict[str, tuple[list[int], list[float]]]:

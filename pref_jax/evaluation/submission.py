@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pref_jax.errors import InputError
-from pref_jax.evaluation.files import check_output_file, write_durably
 from pref_jax.evaluation.metrics import CLASSES, condition_on_ties
+from pref_jax.files import check_output_file, write_durably
 
 DIGITS = 8
 _UNITS = 10**DIGITS

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from pref_jax.errors import InputError, RunError
-from pref_jax.training.workdir import plain, sync_folder, write_durably
+from pref_jax.files import plain, sync, write_durably
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
             if jax.process_index() == 0:
-                sync_folder(self.directory)
+                sync(self.directory)
         except Exception as error:
             raise self._save_error(step, error) from error
         self._pending = None
@@ -293,7 +293,7 @@ class Checkpoints:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
                 files[path.relative_to(folder).as_posix()] = (file.tell(), digest)
         for below, _, _ in os.walk(folder):
-            sync_folder(Path(below))
+            sync(Path(below))
         manifest = _Manifest(pending.step, pending.info, pending.leaves, files)
         write_durably(folder / _MANIFEST, _encode(manifest))
 

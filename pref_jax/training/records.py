@@ -7,8 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from pref_jax.files import plain, write_durably, write_error
 from pref_jax.training.curves import Curves
-from pref_jax.training.workdir import plain, write_durably, write_error
 
 
 class MetricLog:

@@ -28,13 +28,14 @@ from pref_jax.evaluation.predictions import FILE as PREDICTIONS_FILE
 from pref_jax.evaluation.predictions import Predictions
 from pref_jax.evaluation.submission import write_submission
 from pref_jax.experiment import Experiment, find_backbone, load_frozen, log_parts
+from pref_jax.files import write_json
 from pref_jax.training.checkpoints import Checkpoints
 from pref_jax.training.loop import History, Limits, TrainingLoop
 from pref_jax.training.optimizer import make_optimizer, make_schedule
 from pref_jax.training.records import MetricLog
 from pref_jax.training.state import TrainState, abstract_state, create_state, merge_parameters
 from pref_jax.training.step import abstract_update, make_train_step
-from pref_jax.training.workdir import FREE_FIELDS, Workdir, describe_environment, write_json
+from pref_jax.training.workdir import FREE_FIELDS, Workdir, describe_environment
 
 logger = logging.getLogger(__name__)
 

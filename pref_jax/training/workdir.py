@@ -8,19 +8,18 @@ import datetime
 import fcntl
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import shlex
 import socket
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pref_jax.errors import InputError, RunError
+from pref_jax.errors import InputError
+from pref_jax.files import plain, read_json, write_json
 
 # What may differ between the run that started a folder and the one that goes on in it: none of
 # these shapes the result. A prefix stands for everything below it.
@@ -301,99 +300,6 @@ def _cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def plain(value: Any) -> Any:
-    """``value`` as JSON holds it: numpy numbers as Python's, tuples as lists, paths as text.
-
-    JSON has no number for NaN and the infinities; they become the texts "NaN", "Infinity" and
-    "-Infinity", which Python's ``float()`` reads back.
-    """
-    if isinstance(value, Mapping):
-        return {str(name): plain(part) for name, part in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [plain(part) for part in value]
-    if isinstance(value, bool | int | str) or value is None:
-        return value
-    if isinstance(value, float):
-        if math.isfinite(value):
-            return float(value)
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if hasattr(value, "tolist"):  # numpy and jax arrays and scalars
-        return plain(value.tolist())
-    if hasattr(value, "to_dict"):  # ml_collections
-        return plain(value.to_dict())
-    raise TypeError(f"{type(value).__name__} has no JSON form")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes ``value`` so that ``path`` holds either the old or the new text, whatever happens.
-
-    Raises:
-      RunError: the text could not be written (disk full).
-    """
-    text = json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_durably(path, text.encode("utf-8", errors="replace"))
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Replaces the bytes of ``path`` in one step that survives a kill and a power cut."""
-    temporary: str | None = None
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            os.fchmod(file.fileno(), 0o644)
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        temporary = None
-        sync_folder(path.parent)
-    except OSError as error:
-        raise write_error(path, error) from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames inside ``folder`` durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_error(path: Path, error: OSError) -> RunError:
-    """The one line for a write that failed."""
-    return RunError(
-        str(path),
-        f"cannot be written ({error.strerror or error})",
-        "make room or mend the permissions, then run the same command again",
-    )
-
-
-def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-      InputError: no such file, or no JSON object in it.
-    """
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise InputError(str(path), "is missing", remedy) from error
-    except OSError as error:
-        raise InputError(str(path), f"cannot be read ({error.strerror})", remedy) from error
-    except ValueError as error:
-        raise InputError(str(path), f"is not JSON ({error})", remedy) from error
-    if not isinstance(value, dict):
-        raise InputError(str(path), "is not a JSON object", remedy)
-    return value
 
 
 def _read_holder(lock: int) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pref_jax.errors import InputError, RunError
+from pref_jax.files import sync, sync_tree
 from pref_jax.weights import names
 from pref_jax.weights.files import SINGLE, read_json
 
@@ -314,8 +315,7 @@ def _write(output: Path, texts: Mapping[str, str], tensors: Mapping[str, "np.nda
         save_file(dict(tensors), made / SINGLE, metadata={"format": "pt"})
         # safetensors writes for the owner's eyes alone
         shutil.copymode(made / "config.json", made / SINGLE)
-        for path in [*made.iterdir(), made]:
-            _sync(path)
+        sync_tree(made)
         if os.path.lexists(output):
             output.rename(replaced)
         try:
@@ -324,7 +324,7 @@ def _write(output: Path, texts: Mapping[str, str], tensors: Mapping[str, "np.nda
             if replaced.exists():
                 replaced.rename(output)
             raise
-        _sync(output.parent)
+        sync(output.parent)
     except (OSError, SafetensorError) as error:
         where, reason = f"--output={output}", getattr(error, "strerror", None) or str(error)
         if getattr(error, "errno", None) in _BAD_PLACE:
@@ -338,11 +338,3 @@ def _write(output: Path, texts: Mapping[str, str], tensors: Mapping[str, "np.nda
         shutil.rmtree(made, ignore_errors=True)
         if os.path.lexists(output):  # else the earlier export is all there is
             shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

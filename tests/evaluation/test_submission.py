@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pref_jax import files
 from pref_jax.errors import InputError, RunError
-from pref_jax.evaluation import files
 from pref_jax.evaluation.submission import (
     COLUMNS,
     read_submission,

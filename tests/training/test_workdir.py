@@ -11,15 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pref_jax import files
 from pref_jax.errors import InputError, RunError
-from pref_jax.training import workdir as workdir_module
+from pref_jax.files import plain, write_json
 from pref_jax.training.progress import Progress, StopSignals
 from pref_jax.training.workdir import (
     Workdir,
     compare_config,
     describe_environment,
-    plain,
-    write_json,
 )
 
 CONFIG = {
@@ -189,7 +188,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     def fail(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(workdir_module.os, "fsync", fail)
+    monkeypatch.setattr(files.os, "fsync", fail)
     with pytest.raises(RunError, match="No space left"):
         write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}

@@ -349,7 +349,7 @@ def test_a_failed_write_leaves_the_earlier_export(
     def fail(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "_sync", fail)
+    monkeypatch.setattr(export, "sync_tree", fail)
     with pytest.raises(RunError, match="No space left"):
         export_encoder(folder, **arguments("distilbert"))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

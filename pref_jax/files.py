@@ -1,0 +1,185 @@
+"""Files on disk: asked for before the long work, written whole or not at all, JSON both ways.
+
+This module imports nothing heavy, so that a wrong place is refused at once.
+"""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pref_jax.errors import InputError, RunError
+
+
+def check_output_file(path: str | Path, flag: str = "--output") -> Path:
+    """The path, if a file can be written there; call it before hours of work, not after.
+
+    Raises:
+      InputError: nothing given, a directory, not a regular file, no such folder, or a folder
+        that cannot be written.
+    """
+    if not str(path):
+        raise InputError(flag, "no file named", f"name one, as in {flag}=submission.csv")
+    target = Path(path)
+    if os.path.isdir(target):
+        raise InputError(str(target), "is a directory", f"name a file in it with {flag}")
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise InputError(str(target), "is not a regular file", f"name another with {flag}")
+    folder = target.parent
+    if not os.path.isdir(folder):
+        what = "is not a directory" if os.path.exists(folder) else "does not exist"
+        raise InputError(str(folder), what, f"create it, or name another file with {flag}")
+    try:
+        _probe(folder)
+        if not os.path.lexists(target):
+            os.lstat(target)
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # no permission, or a longer name than the file system takes
+        raise _explain(target, error) from error
+    return target
+
+
+def make_output_folder(path: str | Path, flag: str = "--output") -> Path:
+    """The folder, made where it is missing.
+
+    Raises:
+      InputError: nothing given, a file is in the way, or it cannot be made.
+    """
+    if not str(path):
+        raise InputError(flag, "no folder named", f"name one, as in {flag}=report")
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _probe(folder)
+    except FileExistsError as error:
+        raise InputError(str(folder), "is a file", f"name a folder with {flag}") from error
+    except NotADirectoryError as error:
+        raise InputError(str(folder), "lies below a file", f"name another with {flag}") from error
+    except OSError as error:
+        raise _explain(folder, error) from error
+    return folder
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON holds it: numpy numbers as Python's, tuples as lists, paths as text.
+
+    JSON has no number for NaN and the infinities; they become the texts "NaN", "Infinity" and
+    "-Infinity", which Python's ``float()`` reads back.
+    """
+    if isinstance(value, Mapping):
+        return {str(name): plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(part) for part in value]
+    if isinstance(value, bool | int | str) or value is None:
+        return value
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return float(value)
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):  # numpy and jax arrays and scalars
+        return plain(value.tolist())
+    if hasattr(value, "to_dict"):  # ml_collections
+        return plain(value.to_dict())
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes ``value`` so that ``path`` holds either the old or the new text, whatever happens.
+
+    Raises:
+      RunError: the text could not be written (disk full).
+    """
+    text = json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_durably(path, text.encode("utf-8", errors="replace"))
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Replaces the bytes of ``path`` in one step that survives a kill and a power cut.
+
+    Raises:
+      RunError: the disk is full, or the folder is gone or cannot be written any more.
+      InputError: the path is a directory.
+    """
+    temporary: str | None = None
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            os.fchmod(file.fileno(), 0o644)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        temporary = None
+        sync(path.parent)
+    except OSError as error:
+        raise write_error(path, error) from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def sync(path: Path) -> None:
+    """Returns once a file's bytes, or the renames inside a folder, have reached the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(path: Path) -> None:
+    """`sync` of a file, or of a folder and everything below it."""
+    for part in [*path.rglob("*"), path] if path.is_dir() else [path]:
+        sync(part)
+
+
+def write_error(path: Path, error: OSError) -> InputError | RunError:
+    """The one line for a write that failed."""
+    if isinstance(error, IsADirectoryError):
+        return InputError(str(path), "is a directory", "remove it or name another place")
+    return RunError(
+        str(path),
+        f"cannot be written ({error.strerror or error})",
+        "make room or mend the permissions, then run the same command again",
+    )
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      InputError: no such file, or no JSON object in it.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise InputError(str(path), "is missing", remedy) from error
+    except OSError as error:
+        raise InputError(str(path), f"cannot be read ({error.strerror})", remedy) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(str(path), f"is not JSON ({error})", remedy) from error
+    if not isinstance(value, dict):
+        raise InputError(str(path), "is not a JSON object", remedy)
+    return value
+
+
+def _probe(folder: Path) -> None:
+    handle, name = tempfile.mkstemp(dir=folder)
+    os.close(handle)
+    os.unlink(name)
+
+
+def _explain(path: Path, error: OSError) -> InputError | RunError:
+    what = f"cannot be written: {error.strerror or error}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        return RunError(str(path), what, "free some space and run the command again")
+    return InputError(str(path), what, "choose a place that can be written")
