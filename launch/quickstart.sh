@@ -35,11 +35,20 @@ fi
 
 arena=$directory/arena
 run=$directory/quickstart
-settings="rows=$rows test_rows=$test_rows seed=$seed"
+# The simulator's own text is part of what the arena was made from.
+source_hash=$(cat pref_jax/data/simulate.py pref_jax/data/phrases.py | cksum)
+settings="rows=$rows test_rows=$test_rows seed=$seed simulator=$source_hash"
 if [[ ! -f $arena/settings || $(<"$arena/settings") != "$settings" ]]; then
   echo
   echo "Simulating an arena: $rows comparisons, and $test_rows to judge by"
+  before=$(cksum 2>/dev/null <"$arena/train.csv" || true)
   "$python" launch/simulate.py --rows=$rows --test_rows=$test_rows --seed=$seed --output="$arena"
+  # A run goes on only with the data it was started with.
+  if [[ -d $run && $before != "$(cksum <"$arena/train.csv")" ]]; then
+    echo "The run on the arena of before moves to $run.old"
+    rm -rf "$run.old"
+    mv "$run" "$run.old"
+  fi
   # evaluate reads comparisons and labels from one file.
   "$python" - "$arena" <<'PYTHON'
 import csv
@@ -101,11 +110,6 @@ evaluation = json.loads((directory / "evaluation.json").read_text())
 best = json.loads((directory / "arena" / "truth.json").read_text())["bayes_log_loss"]["test"]
 baselines = evaluation["baselines"]
 
-
-def log_loss(value):
-    return value["log_loss"] if isinstance(value, dict) else value
-
-
 print(f"\nLog loss on {evaluation['rows']} simulated comparisons that were not trained on")
 for name, value in {
     "uniform": baselines["uniform"],
@@ -114,6 +118,6 @@ for name, value in {
     "our model": evaluation["log_loss"],
     "best possible": best,
 }.items():
-    print(f"  {name:<15}{log_loss(value):.4f}")
+    print(f"  {name:<15}{value:.4f}")
 print(f"\nSubmission  {directory / 'submission.csv'}\nReport      {directory / 'report/index.html'}")
 PYTHON
