@@ -218,11 +218,14 @@ class Experiment:
         )
         device = self.mesh.devices.flat[0]
         self.precision = choose_precision(config.train.precision, device)
+        self.attention = choose_implementation(device.platform, self.mesh.devices.size)
         self.model = PreferenceClassifier(
             encoder,
             head_dropout=float(config.model.head_dropout),
             dtype=self.precision.compute,
             remat=config.train.remat,
+            attention=self.attention,
+            longest=self.layout.max_length,
         )
         self.abstract_params = meshes.abstract_parameters(self._shapes(), self.mesh)
 
@@ -230,12 +233,6 @@ class Experiment:
         tokens = jax.ShapeDtypeStruct((1, self.layout.max_length), jnp.int32)
         pool = jax.ShapeDtypeStruct((1, 1, self.layout.sides), jnp.int32)
         return jax.eval_shape(self.model.init, jax.random.key(0), *[tokens] * 4, pool)["params"]
-
-    @property
-    def attention(self) -> str:
-        """The attention implementation in training, for the log."""
-        device = self.mesh.devices.flat[0]
-        return choose_implementation(device.platform, self.backbone.encoder.attention_dropout)
 
     @functools.cached_property
     def tokenizer(self) -> "Tokenizer":

@@ -12,14 +12,15 @@ from pref_jax.models.dropout import dropout
 _MASKED = np.float32(-1e30)
 
 
-def choose_implementation(platform: str, dropout_rate: float) -> str:
-    """Names the attention in use, for the log: the one place where it is chosen.
+def choose_implementation(platform: str, devices: int) -> str:
+    """Chooses the attention of an encoder; the one place where that happens.
 
-    Attention dropout above zero needs the probabilities themselves, which fused kernels do not
-    hand out, so encoders in training take the plain XLA formula on every platform.
+    - "segments": one segment at a time (`pref_jax.models.segment_attention`). Its loop cuts along
+      the token axis, which several devices would have to exchange, so it is for one CPU device.
+    - "xla": the plain formula over the packed unit. Attention dropout, which encoders have in
+      training, needs the probabilities, and fused kernels do not hand them out.
     """
-    reason = "attention dropout" if dropout_rate else f"segment ids on {platform}"
-    return f"xla ({reason})"
+    return "segments" if platform == "cpu" and devices == 1 else "xla"
 
 
 def attend(

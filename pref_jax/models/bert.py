@@ -14,6 +14,7 @@ from flax import linen as nn
 from pref_jax.models.attention import attend
 from pref_jax.models.dropout import dropout
 from pref_jax.models.layers import Dense, Embedding, LayerNorm
+from pref_jax.models.segment_attention import Segments, attend_segments, find_segments
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -68,6 +69,7 @@ class EncoderLayer(nn.Module):
 
     config: EncoderConfig
     layer: int
+    longest: int
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -75,6 +77,7 @@ class EncoderLayer(nn.Module):
         self,
         x_BxTxD: jax.Array,
         segment_ids_BxT: jax.Array,
+        segments: Segments | None,
         pool_positions_BxP: jax.Array | None,
         seeds: jax.Array | None,
     ) -> jax.Array:
@@ -92,9 +95,10 @@ class EncoderLayer(nn.Module):
             query_segments_BxQ = jnp.take_along_axis(
                 segment_ids_BxT, pool_positions_BxP, axis=1, mode="clip"
             )
+            segments = None  # few queries: the plain formula
 
-        attended = _SelfAttention(config, heads, site, dtype, name="attention")(
-            inputs_BxQxD, x_BxTxD, query_segments_BxQ, segment_ids_BxT, seeds
+        attended = _SelfAttention(config, heads, site, self.longest, dtype, name="attention")(
+            inputs_BxQxD, x_BxTxD, query_segments_BxQ, segment_ids_BxT, segments, seeds
         )
         attended = dropout(attended, config.hidden_dropout, seeds, site + 1)
         x_BxQxD = LayerNorm(config.norm_epsilon, dtype, name="attention_norm")(
@@ -113,6 +117,7 @@ class _SelfAttention(nn.Module):
     config: EncoderConfig
     heads: tuple[int, int]
     site: int
+    longest: int
     dtype: jnp.dtype
 
     @nn.compact
@@ -122,22 +127,27 @@ class _SelfAttention(nn.Module):
         context_BxTxD: jax.Array,
         query_segments_BxQ: jax.Array,
         key_segments_BxT: jax.Array,
+        segments: Segments | None,
         seeds: jax.Array | None,
     ) -> jax.Array:
         def project(name: str, x: jax.Array) -> jax.Array:
             y = Dense(self.config.hidden_size, ("embed", "heads"), self.dtype, name=name)(x)
             return y.reshape(*y.shape[:-1], *self.heads)
 
-        attended = attend(
+        heads = (
             project("query", inputs_BxQxD),
             project("key", context_BxTxD),
             project("value", context_BxTxD),
-            query_segments_BxQ,
-            key_segments_BxT,
-            dropout_rate=self.config.attention_dropout,
-            seeds=seeds,
-            site=self.site,
         )
+        noise = {
+            "dropout_rate": self.config.attention_dropout,
+            "seeds": seeds,
+            "site": self.site,
+        }
+        if segments is not None:
+            attended = attend_segments(*heads, segments, longest=self.longest, **noise)
+        else:
+            attended = attend(*heads, query_segments_BxQ, key_segments_BxT, **noise)
         attended = attended.reshape(*attended.shape[:-2], self.config.hidden_size)
         return Dense(self.config.hidden_size, ("heads", "embed"), self.dtype, name="output")(
             attended
@@ -189,11 +199,15 @@ class Encoder(nn.Module):
       dtype: of activations and matrix products.
       remat: what the backward pass keeps: "none" recomputes nothing, "dots" keeps matrix products,
         "full" keeps the input of each layer.
+      attention: what `pref_jax.models.attention.choose_implementation` returns.
+      longest: the most tokens of a sequence; None: the position table's rows.
     """
 
     config: EncoderConfig
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"
+    attention: str = "xla"
+    longest: int | None = None
 
     @nn.compact
     def __call__(
@@ -228,9 +242,23 @@ class Encoder(nn.Module):
         x_BxTxD = Embeddings(self.config, self.dtype, name="embeddings")(
             input_ids_BxT, token_types_BxT, positions_BxT, seeds, words_BxTxD
         )
+        longest = self.longest or self.config.max_positions
+        segments = None
+        if self.attention == "segments":
+            pooled = segment_ids_BxT if pool_positions_BxP is None else pool_positions_BxP
+            segments = find_segments(
+                segment_ids_BxT,
+                positions_BxT,
+                most=pooled.shape[1],  # one pooled token a sequence
+                longest=longest,
+            )
         for layer in range(self.config.num_layers):
             last = layer == self.config.num_layers - 1
-            x_BxTxD = layer_type(self.config, layer, self.dtype, name=f"layer_{layer}")(
-                x_BxTxD, segment_ids_BxT, pool_positions_BxP if last else None, seeds
+            x_BxTxD = layer_type(self.config, layer, longest, self.dtype, name=f"layer_{layer}")(
+                x_BxTxD,
+                segment_ids_BxT,
+                segments,
+                pool_positions_BxP if last else None,
+                seeds,
             )
         return x_BxTxD

@@ -23,7 +23,7 @@ class PreferenceClassifier(nn.Module):
       num_classes: width of the head.
       head_dropout: dropout of the [CLS] states.
       dtype: of activations and matrix products; the head is always float32.
-      remat: see `Encoder`.
+      remat, attention, longest: see `Encoder`.
     """
 
     config: EncoderConfig
@@ -31,6 +31,8 @@ class PreferenceClassifier(nn.Module):
     head_dropout: float = 0.1
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"
+    attention: str = "xla"
+    longest: int | None = None
 
     @nn.compact
     def __call__(
@@ -49,7 +51,9 @@ class PreferenceClassifier(nn.Module):
         are those of `Encoder`.
         """
         units, rows, sides = pool_positions_BxRxS.shape
-        pooled_BxPxD = Encoder(self.config, self.dtype, self.remat, name="encoder")(
+        pooled_BxPxD = Encoder(
+            self.config, self.dtype, self.remat, self.attention, self.longest, name="encoder"
+        )(
             input_ids_BxT,
             token_types_BxT,
             positions_BxT,

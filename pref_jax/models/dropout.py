@@ -41,9 +41,7 @@ def unit_seeds(seed: jax.Array, step: jax.Array, unit_ids: jax.Array) -> jax.Arr
     return jnp.stack([first, mix(first + _GOLDEN, base)], axis=-1)
 
 
-def dropout(
-    x: jax.Array, rate: float, seeds: jax.Array | None, site: int, index: jax.Array | None = None
-) -> jax.Array:
+def dropout(x: jax.Array, rate: float, seeds: jax.Array | None, site: int) -> jax.Array:
     """Zeroes elements with probability ``rate`` and scales the others by ``1 / (1 - rate)``.
 
     Args:
@@ -51,15 +49,22 @@ def dropout(
       rate: probability in [0, 1).
       seeds: uint32 ``[B, 2]`` from `unit_seeds`; None leaves ``x`` as it is.
       site: a number that no other dropout of the network has.
-      index: uint32, broadcastable to ``x.shape[1:]``; by default the position in row-major order.
     """
     if seeds is None or rate == 0.0:
         return x
-    if index is None:
-        index = jnp.arange(int(np.prod(x.shape[1:])), dtype=jnp.uint32).reshape(x.shape[1:])
-    site_seeds = mix(seeds + np.uint32((site + 1) * int(_GOLDEN) & 0xFFFFFFFF))
+    index = jnp.arange(int(np.prod(x.shape[1:])), dtype=jnp.uint32).reshape(x.shape[1:])
     first, second = (
-        site_seeds[:, word].reshape(x.shape[:1] + (1,) * (x.ndim - 1)) for word in (0, 1)
+        word.reshape(x.shape[:1] + (1,) * (x.ndim - 1)) for word in site_seeds(seeds, site).T
     )
-    keep = mix(index[None] ^ first, second) >= np.uint32(round(rate * 2**32))
+    keep = keep_elements(index[None], first, second, rate)
     return jnp.where(keep, x * jnp.asarray(1.0 / (1.0 - rate), x.dtype), jnp.zeros((), x.dtype))
+
+
+def site_seeds(seeds: jax.Array, site: int) -> jax.Array:
+    """Seeds ``[B, 2]`` of one dropout site, from those of the units."""
+    return mix(seeds + np.uint32((site + 1) * int(_GOLDEN) & 0xFFFFFFFF))
+
+
+def keep_elements(index: jax.Array, first: jax.Array, second: jax.Array, rate: float) -> jax.Array:
+    """Which elements stay: a function of their index and of the two seed words of the site."""
+    return mix(index ^ first, second) >= np.uint32(round(rate * 2**32))
