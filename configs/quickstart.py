@@ -40,7 +40,6 @@ def get_config(arguments: str | None = None) -> ConfigDict:
 
     config.train.epochs = 1.0
     config.train.batch_size = 16
-    config.train.microbatch_size = 8
     config.train.learning_rate = 1e-4
     config.train.warmup_steps = 6
     config.eval.every_steps = 25

@@ -179,6 +179,7 @@ class Experiment:
       config, backbone: what it was made from.
       layout, geometry: how rows become packed units.
       mesh, precision, model: where, in which dtypes and what is computed.
+      microbatch_size: sequences of ``max_length`` per device and forward pass.
       abstract_params: nested dict of `jax.ShapeDtypeStruct` with shardings.
     """
 
@@ -217,6 +218,9 @@ class Experiment:
             self.layout.max_length, self.layout.sides, packing=config.input.packing != "off"
         )
         device = self.mesh.devices.flat[0]
+        self.microbatch_size: int = config.train.microbatch_size or (
+            max(1, 512 // self.layout.max_length) if device.platform == "cpu" else 8
+        )
         self.precision = choose_precision(config.train.precision, device)
         self.attention = choose_implementation(device.platform, self.mesh.devices.size)
         self.model = PreferenceClassifier(
@@ -338,7 +342,7 @@ class Experiment:
             self.model,
             self.mesh,
             self.geometry,
-            microbatch_size=self.config.train.microbatch_size,
+            microbatch_size=self.microbatch_size,
             abstract_params=self.abstract_params,
         )
 

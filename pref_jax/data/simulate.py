@@ -28,15 +28,14 @@ import json
 import math
 import os
 import random
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pref_jax.data import phrases
 from pref_jax.data.arena import LABELS, TEXTS
 from pref_jax.errors import InputError
+from pref_jax.files import make_output_folder, write_durably
 
 # Of a response's utility: per good opening word, per e-fold of length, and per marker.
 WEIGHTS = {
@@ -187,11 +186,12 @@ def simulate(rows: int, test_rows: int, seed: int, output: str | os.PathLike[str
 
     Raises:
       InputError: no rows, or the folder cannot be written.
+      RunError: the disk is full.
     """
     for flag, value in (("--rows", rows), ("--test_rows", test_rows)):
         if value < 1:
             raise InputError(flag, f"{value} rows", "ask for at least 1")
-    folder = Path(output)
+    folder = make_output_folder(output)
     train = generate(rows, f"{seed}/train", first_id=30192)
     test = generate(test_rows, f"{seed}/test", first_id=train[-1].id + 1000)
     truth = {
@@ -221,14 +221,10 @@ def simulate(rows: int, test_rows: int, seed: int, output: str | os.PathLike[str
         ),
         "truth.json": lambda file: file.writelines([json.dumps(truth, indent=2), "\n"]),
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, write in files.items():
-            _replace(folder / name, write)
-    except OSError as error:
-        raise InputError(
-            str(folder), f"cannot be written: {error.strerror or error}", "choose another --output"
-        ) from error
+    for name, write in files.items():
+        text = io.StringIO(newline="")
+        write(text)
+        write_durably(folder / name, text.getvalue().encode())
 
 
 def generate(rows: int, seed: str, first_id: int = 0) -> list[Row]:
@@ -517,16 +513,3 @@ def _write_csv(file: io.TextIOBase, header: Sequence[str], rows: Iterable[Sequen
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(header)
     writer.writerows(rows)
-
-
-def _replace(path: Path, write: Callable[[Any], None]) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from pref_jax import mesh as meshes
 from pref_jax.data.batches import Geometry, Samples, Update, prediction_batches, update_shapes
+from pref_jax.errors import RunError
 from pref_jax.training.step import abstract_update, make_predict_step
 
 # Packed microbatches per call of the compiled function.
@@ -101,7 +102,11 @@ class Predictor:
             collect()
         if np.isnan(result).any():
             missing = int(np.isnan(result).any(axis=1).sum())
-            raise FloatingPointError(f"{missing} rows have logits that are not a number")
+            raise RunError(
+                "the model",
+                f"{missing} of {len(numbers)} rows have logits that are not a number",
+                "train it again with a lower train.learning_rate, or train.precision=float32",
+            )
         return result
 
 

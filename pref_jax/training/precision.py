@@ -9,16 +9,14 @@ from flax import struct
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """Dtypes of one run. Trainable weights, softmax, norms, head and loss are always float32.
+    """Dtypes of one run. Weights, softmax, norms, head and loss are always float32.
 
     Attributes:
       compute: of activations and of the operands of matrix products.
-      frozen: weights that are not trained are stored like this.
       loss_scaling: whether gradients would underflow without a loss scale (float16).
     """
 
     compute: jnp.dtype
-    frozen: jnp.dtype
     loss_scaling: bool
 
 
@@ -37,7 +35,7 @@ def choose_precision(name: str, device: jax.Device) -> Precision:
         else:
             name = "float32"
     dtype = jnp.dtype(name)
-    return Precision(compute=dtype, frozen=dtype, loss_scaling=name == "float16")
+    return Precision(compute=dtype, loss_scaling=name == "float16")
 
 
 # The values of torch.amp.GradScaler.

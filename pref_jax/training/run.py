@@ -74,7 +74,7 @@ class CompiledStep:
         )
         samples = train.batch_size * (2 if config.data.swap == "both" else 1)
         shapes = update_shapes(
-            experiment.geometry, samples, meshes.batch_shards(mesh), train.microbatch_size
+            experiment.geometry, samples, meshes.batch_shards(mesh), experiment.microbatch_size
         )
         self._abstract_update = abstract_update(
             shapes, experiment.geometry, meshes.batch_sharding(mesh, 1), scalar
@@ -290,7 +290,7 @@ def make_plan(experiment: Experiment, samples: Samples, rows: np.ndarray) -> Bat
         swap=config.data.swap,
         geometry=experiment.geometry,
         shards=meshes.batch_shards(experiment.mesh),
-        microbatch_size=config.train.microbatch_size,
+        microbatch_size=experiment.microbatch_size,
     )
 
 
