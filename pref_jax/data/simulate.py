@@ -30,6 +30,7 @@ import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pref_jax.data import phrases
@@ -191,7 +192,7 @@ def simulate(rows: int, test_rows: int, seed: int, output: str | os.PathLike[str
     for flag, value in (("--rows", rows), ("--test_rows", test_rows)):
         if value < 1:
             raise InputError(flag, f"{value} rows", "ask for at least 1")
-    folder = make_output_folder(output)
+    folder = make_output_folder(Path(output))
     train = generate(rows, f"{seed}/train", first_id=30192)
     test = generate(test_rows, f"{seed}/test", first_id=train[-1].id + 1000)
     truth = {
