@@ -139,15 +139,24 @@ class _SelfAttention(nn.Module):
             project("key", context_BxTxD),
             project("value", context_BxTxD),
         )
-        noise = {
-            "dropout_rate": self.config.attention_dropout,
-            "seeds": seeds,
-            "site": self.site,
-        }
-        if segments is not None:
-            attended = attend_segments(*heads, segments, longest=self.longest, **noise)
+        if segments is None:
+            attended = attend(
+                *heads,
+                query_segments_BxQ,
+                key_segments_BxT,
+                dropout_rate=self.config.attention_dropout,
+                seeds=seeds,
+                site=self.site,
+            )
         else:
-            attended = attend(*heads, query_segments_BxQ, key_segments_BxT, **noise)
+            attended = attend_segments(
+                *heads,
+                segments,
+                longest=self.longest,
+                dropout_rate=self.config.attention_dropout,
+                seeds=seeds,
+                site=self.site,
+            )
         attended = attended.reshape(*attended.shape[:-2], self.config.hidden_size)
         return Dense(self.config.hidden_size, ("heads", "embed"), self.dtype, name="output")(
             attended

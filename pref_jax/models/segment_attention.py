@@ -238,12 +238,8 @@ def _attend_backward(sizes: tuple[int, int], rate: float, saved: Any, d_out: jax
 
     start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (query, key, value))
     gradients = _visit(segments, flat, sizes, visit, start)
-    whole = [np.zeros(x.shape, jax.dtypes.float0) for x in (*jax.tree.leaves(segments), words)]
-    return (
-        *(gradient.astype(dtype) for gradient in gradients),
-        Segments(*whole[:3]),
-        whole[3],
-    )
+    no_gradient = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), (segments, words))
+    return (*(gradient.astype(dtype) for gradient in gradients), *no_gradient)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

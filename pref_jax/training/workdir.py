@@ -22,8 +22,8 @@ from pref_jax.errors import InputError
 from pref_jax.files import plain, read_json, write_json
 
 # What may differ between the run that started a folder and the one that goes on in it: none of
-# these shapes the result. A prefix stands for everything below it.
-FREE_FIELDS = ("train.max_hours", "logging", "mesh")
+# these shapes the result beyond rounding. A prefix stands for everything below it.
+FREE_FIELDS = ("train.max_hours", "train.microbatch_size", "train.remat", "logging", "mesh")
 # Files that only a run leaves; without a config.json beside them nobody can say which run's.
 _TRACES = ("checkpoints", "metrics.jsonl", "result.json")
 _PACKAGES = (
