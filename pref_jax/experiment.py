@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from pref_jax import mesh as meshes
 from pref_jax.data.batches import Geometry, Samples, make_geometry
 from pref_jax.data.segments import Layout
+from pref_jax.data.tokenizers import TOKENIZER_FILES
 from pref_jax.errors import InputError
 from pref_jax.files import read_json, write_json
 from pref_jax.models.attention import choose_implementation
@@ -42,13 +43,6 @@ logger = logging.getLogger(__name__)
 
 _MODEL_FILE = "model.json"
 _TOKENIZER_FOLDER = "tokenizer"
-_TOKENIZER_FILES = (
-    "vocab.txt",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -361,7 +355,7 @@ class Experiment:
         folder = workdir / _TOKENIZER_FOLDER
         if not folder.exists():
             made = Path(tempfile.mkdtemp(dir=workdir, prefix=".tokenizer."))
-            for name in _TOKENIZER_FILES:
+            for name in TOKENIZER_FILES:
                 if (self.backbone.tokenizer_folder / name).is_file():
                     shutil.copyfile(self.backbone.tokenizer_folder / name, made / name)
             made.chmod(0o755)

@@ -25,6 +25,14 @@ if TYPE_CHECKING:
 
 IMPLEMENTATIONS = ("auto", "tensorflow_text", "tokenizers")
 _FILES = "tokenizer.json or vocab.txt"
+# What a tokenizer may consist of, to be copied with it.
+TOKENIZER_FILES = (
+    "vocab.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 
 
 class Tokenizer(Protocol):

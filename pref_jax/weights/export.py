@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pref_jax.data.tokenizers import TOKENIZER_FILES
 from pref_jax.errors import InputError, RunError
 from pref_jax.files import sync, sync_tree
 from pref_jax.weights import names
@@ -29,13 +30,6 @@ LABELS = ("winner_model_a", "winner_model_b", "winner_tie")
 MODELING = "modeling_pref_jax.py"
 DESCRIPTION = "pref_jax.json"
 
-_TOKENIZER_FILES = (
-    "vocab.txt",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
 _BAD_PLACE = (
     errno.EACCES,
     errno.EPERM,
@@ -45,7 +39,7 @@ _BAD_PLACE = (
     errno.ENOTDIR,
     errno.ENAMETOOLONG,
 )
-_OURS = {"config.json", SINGLE, MODELING, DESCRIPTION, *_TOKENIZER_FILES}
+_OURS = {"config.json", SINGLE, MODELING, DESCRIPTION, *TOKENIZER_FILES}
 # Where the tokenizer came from: a place on this machine, of no use on another.
 _LOCAL_FIELDS = (
     "name_or_path",
@@ -265,7 +259,7 @@ def _read_tokenizer(folder: Path, max_length: int) -> dict[str, str]:
     """Texts of the tokenizer's files, without what belongs to the machine or to another task."""
     texts = {
         name: (folder / name).read_text(encoding="utf-8")
-        for name in _TOKENIZER_FILES
+        for name in TOKENIZER_FILES
         if (folder / name).is_file()
     }
     if not {"vocab.txt", "tokenizer.json"} & set(texts):
