@@ -78,7 +78,7 @@ class Geometry:
 
 
 # Tokens of room per row slot of a unit. Shorter rows are rare; they fill the slots first.
-_TOKENS_PER_ROW_SLOT = 32
+_TOKENS_PER_ROW_SLOT = 16
 
 
 def make_geometry(max_length: int, sides: int, *, packing: bool) -> Geometry:

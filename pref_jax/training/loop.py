@@ -31,6 +31,7 @@ class Limits:
       checkpoint_every: updates between checkpoints; new bests and the last are always saved.
       log_every: updates between two refreshes of the progress bar.
       deadline: `time.monotonic` seconds at which the process must have ended; None: no limit.
+      valid_rows: rows of an evaluation, from which its time is guessed before the first one.
     """
 
     total_steps: int
@@ -38,6 +39,7 @@ class Limits:
     checkpoint_every: int
     log_every: int
     deadline: float | None
+    valid_rows: int
 
 
 @dataclasses.dataclass
@@ -86,12 +88,7 @@ def read_ahead(plan: BatchPlan, start: int, stop: int) -> Iterator[Update]:
 
 
 class TrainingLoop:
-    """Runs updates from a state to the end of training, or to the wish to stop.
-
-    Attributes:
-      state: the state behind the last update that was dispatched.
-      history: best evaluation and time so far.
-    """
+    """Runs updates from a state to the end of training, or to the wish to stop."""
 
     def __init__(
         self,
@@ -239,14 +236,7 @@ class TrainingLoop:
             per_row = history.train_seconds / history.rows
             per_update = max(per_update, per_row * self._plan.batch_size)
         reserve = 3.0 * per_update + 10.0
-        # Before the first evaluation: a forward pass costs about a third of an update.
         evaluation = self._eval_seconds
-        if evaluation is None:
-            evaluation = self.estimate_evaluation(per_update)
+        if evaluation is None:  # a forward pass costs about a third of an update
+            evaluation = per_update / 3.0 * self._limits.valid_rows / self._plan.batch_size
         return now + reserve + 1.2 * evaluation > deadline
-
-    def estimate_evaluation(self, per_update: float) -> float:
-        """Seconds of an evaluation that has not happened yet, from the time of an update."""
-        return per_update / 3.0 * self.valid_rows / max(1, self._plan.batch_size)
-
-    valid_rows: int = 0

@@ -256,10 +256,10 @@ def train(config: ConfigDict, workdir: Workdir, started: float) -> dict[str, Any
                 checkpoint_every=config.checkpoint.every_steps,
                 log_every=config.logging.every_steps,
                 deadline=None if hours is None else started + hours * 3600.0,
+                valid_rows=len(data.valid_rows),
             ),
             describe_rows=lambda numbers: _describe_rows(data.train, numbers),
         )
-        loop.valid_rows = len(data.valid_rows)
         state, stopped = loop.run(state, step, history)
         steps = int(state.step)
         if stopped not in (None, "max_hours"):
