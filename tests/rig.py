@@ -1,0 +1,230 @@
+"""The commands on a model small enough to train in seconds, and rows to try them on."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import multiprocessing
+import os
+import runpy
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+from pref_jax import command
+from pref_jax.training.records import read_metrics
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+# What depends on the clock or on how often a run was started.
+UNSTEADY = {"rows_per_second", "train_seconds", "compilations"}
+TEXTS = ["id", "prompt", "response_a", "response_b"]
+UPDATES = 48  # of the run that all tests share
+LABELS = ["winner_model_a", "winner_model_b", "winner_tie"]
+TINY = (
+    f"--config={REPOSITORY}/configs/quickstart.py",
+    "--config.model.pretrained=none",
+    "--config.model.config.num_layers=2",
+    "--config.model.config.hidden_size=32",
+    "--config.model.config.num_heads=2",
+    "--config.model.config.intermediate_size=64",
+    "--config.input.max_length=48",
+    "--config.train.batch_size=8",
+    "--config.train.microbatch_size=4",
+    "--config.logging.tensorboard=false",
+)
+
+_PROMPTS = [
+    *("Name a river.", "Add 2 and 3.", "Write a haiku about rain.", "Why is the sky blue?"),
+    *("Translate 'good night' to French.", "List three birds."),
+]
+_FIRST = [
+    *("The Danube.", "5"),
+    "Grey roof, soft drumming, / a gutter finds its old song, / tea cools by the glass.",
+    *("Short waves scatter most.", "Bonne nuit.", "Wren, rook, swift."),
+]
+_SECOND = [
+    *("A river is water that flows.", "2 + 3 = 6", "Rain."),
+    "Because of the sea, and " + "so on, " * 40,
+    *("Good night.", "Birds: many; see a book."),
+]
+_WINNERS = [(1, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 0), (0, 0, 1)]
+
+
+def make_rows(**changes: Mapping[str, object]) -> list[dict[str, Any]]:
+    """Six labelled rows; ``r3={"id": "x"}`` changes cells of row 3, counted from 0."""
+    rows: list[dict[str, Any]] = []
+    for number in range(6):
+        texts = (side[number] for side in (_PROMPTS, _FIRST, _SECOND))
+        cells = [101 + number, *(json.dumps([text]) for text in texts), *_WINNERS[number]]
+        rows.append(dict(zip(TEXTS + LABELS, cells, strict=True)))
+    for name, cells in changes.items():
+        rows[int(name[1:])].update(cells)
+    return rows
+
+
+def write_csv(
+    path: Path,
+    rows: Iterable[Mapping[str, object]],
+    *,
+    labels: bool = False,
+    more: Iterable[str] = (),
+    eol: str = "\n",
+    encoding: str = "utf-8",
+) -> Path:
+    """Writes rows in the competition's form."""
+    columns = TEXTS + (LABELS if labels else []) + list(more)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator=eol, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    path.write_bytes(text.getvalue().encode(encoding))
+    return path
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    csv.field_size_limit(1 << 30)
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def call(name: str, *arguments: object) -> command.Outcome:
+    """A script of ``launch/`` inside this process."""
+    return command.call(REPOSITORY / "launch" / f"{name}.py", arguments)
+
+
+def train(workdir: Path, *arguments: object) -> command.Outcome:
+    """Trains the tiny model; fails where the command does."""
+    outcome = call("train", *TINY, f"--workdir={workdir}", *arguments)
+    assert outcome.code == 0, outcome
+    return outcome
+
+
+def predict(run: Path, data: Path, *arguments: object) -> list[list[str]]:
+    """The rows of a submission as strings, checked for what holds of every submission."""
+    output = data.parent / f"{data.name}.out"
+    output.unlink(missing_ok=True)
+    outcome = call(
+        "predict", f"--workdir={run}", f"--data={data}", f"--output={output}", *arguments
+    )
+    assert outcome.code == 0, outcome
+    with output.open(encoding="utf-8", newline="") as file:
+        header, *rows = list(csv.reader(file))
+    assert header == ["id", *LABELS]
+    for row in rows:
+        values = [float(cell) for cell in row[1:]]
+        assert all(0 < value < 1 for value in values) and abs(sum(values) - 1) < 1e-7, row
+    return rows
+
+
+def refuse(run: Path, data: Path, *words: str) -> None:
+    """``predict`` names ``words`` in one line, and leaves nothing behind."""
+    output = data.parent / "refused.csv"
+    before = sorted(data.parent.rglob("*"))
+    outcome = call("predict", f"--workdir={run}", f"--data={data}", f"--output={output}")
+    assert outcome.code == 2, outcome
+    assert outcome.stderr.startswith("error: ") and outcome.stderr.count("\n") == 1, outcome.stderr
+    for word in words:
+        assert word in outcome.stderr
+    assert sorted(data.parent.rglob("*")) == before
+
+
+def start(log: Path, name: str, *arguments: object, devices: int = 1) -> ForkServerProcess:
+    """Starts a script in a process of its own, which can be killed; ``log`` gets what it says."""
+    return _fork(_run_script, str(log), devices, name, [str(argument) for argument in arguments])
+
+
+def call_apart(
+    folder: Path, commands: Mapping[str, Iterable[object]], *, devices: int = 1
+) -> dict[str, command.Outcome]:
+    """Runs scripts one after another in one other process, on so many devices.
+
+    Args:
+      folder: where the process keeps its notes.
+      commands: by name of the case, the script's name and its arguments.
+    """
+    lines = {case: [str(part) for part in parts] for case, parts in commands.items()}
+    process = _fork(_call_scripts, str(folder / "log"), devices, str(folder / "outcomes"), lines)
+    finish(process, folder / "log")
+    outcomes = json.loads((folder / "outcomes").read_text())
+    return {case: command.Outcome(*parts) for case, parts in outcomes.items()}
+
+
+def _fork(target: Callable[..., None], log: str, devices: int, *rest: Any) -> ForkServerProcess:
+    """A process forked from a server that has imported the libraries, which saves seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    environment = {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PREF_JAX_CACHE": os.environ["PREF_JAX_CACHE"],
+    }
+    process = context.Process(target=target, args=(log, environment, *rest), daemon=True)
+    process.start()
+    return process
+
+
+_PRELOADED = [
+    *("jax", "flax.linen", "optax", "grain", "orbax.checkpoint", "sklearn.linear_model"),
+    *("pref_jax.training.run", "pref_jax.data.features", "tokenizers"),
+]
+
+
+def _settle_in(log: str, environment: dict[str, str]) -> None:
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    # JAX reads these when it makes its first array, not when it is imported.
+    os.environ.update(environment)
+
+
+def _run_script(log: str, environment: dict[str, str], name: str, arguments: list[str]) -> None:
+    _settle_in(log, environment)
+    path = REPOSITORY / "launch" / f"{name}.py"
+    sys.argv = [str(path), *arguments]
+    runpy.run_path(str(path), run_name="__main__")
+
+
+def _call_scripts(
+    log: str, environment: dict[str, str], notes: str, commands: dict[str, list[str]]
+) -> None:
+    _settle_in(log, environment)
+    outcomes = {case: call(*parts) for case, parts in commands.items()}
+    Path(notes).write_text(json.dumps(outcomes))
+
+
+def finish(process: ForkServerProcess, log: Path, code: int = 0) -> str:
+    """Waits for a process of `start`; returns what it has said."""
+    process.join(timeout=300)
+    said = log.read_text(encoding="utf-8", errors="replace")
+    assert process.exitcode == code, said
+    return said
+
+
+def wait_for(condition: Callable[[], bool], process: ForkServerProcess, log: Path) -> None:
+    """Returns once ``condition`` holds; fails where the process ends before."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        alive = process.is_alive()
+        if not alive and condition():
+            return
+        assert alive and time.monotonic() < deadline, log.read_text(errors="replace")
+        time.sleep(0.002)
+
+
+def count_updates(workdir: Path) -> int:
+    """Updates that a run has written down so far."""
+    with contextlib.suppress(FileNotFoundError):
+        return sum(row["split"] == "train" for row in read_metrics(workdir / "metrics.jsonl"))
+    return 0
+
+
+def read_lines(workdir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics, without what the clock decides."""
+    return [
+        {name: value for name, value in row.items() if name not in UNSTEADY}
+        for row in read_metrics(workdir / "metrics.jsonl")
+    ]
