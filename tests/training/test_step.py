@@ -153,3 +153,47 @@ def test_float16_scale_skips_overflow_and_recovers() -> None:
     assert scales[1] == scales[0] / 2
     assert np.isfinite(float(metrics["loss"])) and np.isfinite(float(metrics["gradient_norm"]))
     assert scales[-1] == scales[-2]  # the search has ended
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_recomputes_and_changes_nothing(reference, remat: str) -> None:
+    model = PreferenceClassifier(tiny_config(), remat=remat)
+    samples = make_samples(ROWS[1])
+    params = make_params(model, 1)
+    losses, _ = Trainer(model, samples, longest=32).losses(params, 3)
+    np.testing.assert_allclose(losses, reference[1][:3], atol=1e-5)
+
+    update = pack_all(samples, make_geometry(32, 1, packing=True))
+    arguments = (params, {}, update, np.int32(0), np.float32(1))
+
+    def exponentials(model: PreferenceClassifier) -> int:
+        """Softmax is in the forward pass alone, so another one is a layer computed again."""
+        return str(jax.make_jaxpr(make_gradient(model, 0))(*arguments)).count(" exp ")
+
+    assert exponentials(model) > exponentials(PreferenceClassifier(tiny_config()))
+
+
+def test_attention_by_segment_follows_the_plain_one(reference) -> None:
+    for sides in (1, 2):
+        model = PreferenceClassifier(tiny_config(), attention="segments", longest=32)
+        trainer = Trainer(model, make_samples(ROWS[sides]), longest=32)
+        losses, _ = trainer.losses(make_params(model, sides), STEPS)
+        np.testing.assert_allclose(losses, reference[sides], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("attention", ["xla", "segments"])
+def test_low_precision_stays_near_float32(dtype: str, attention: str) -> None:
+    samples = make_samples(ROWS[2])
+    update = pack_all(samples, make_geometry(32, 2, packing=True))
+    exact = PreferenceClassifier(tiny_config())
+    low = PreferenceClassifier(
+        tiny_config(), dtype=np.dtype(dtype), attention=attention, longest=32
+    )
+    params = make_params(exact, 2)
+    outputs = [jax.jit(make_predict_step(model))(params, update) for model in (exact, low)]
+    for packed, a, b in zip(update.buckets, *outputs, strict=True):
+        filled = packed.samples >= 0
+        difference = np.abs(np.asarray(a)[filled] - np.asarray(b)[filled])
+        assert difference.max() < (0.06 if dtype == "bfloat16" else 0.01)
+        assert difference.max() > 0  # it really computes in another precision
