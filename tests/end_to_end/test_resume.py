@@ -71,6 +71,8 @@ def test_kills_change_nothing(run_arguments: tuple[str, ...], run: Path, tmp_pat
         before = count_updates(workdir)
         process = start(log, "train", *run_arguments, f"--workdir={workdir}")
         if kill % 3 == 0:  # while a checkpoint is being written
+            # First what the kill before left half written has to be gone.
+            wait_for(lambda: not is_saving(workdir), process, log)
             wait_for(lambda: is_saving(workdir), process, log)
             time.sleep(moments.uniform(0, 0.01))
         else:  # some updates later, or earlier where lines behind the checkpoint were dropped
