@@ -7,15 +7,21 @@ time.
 
 import errno
 import fcntl
+import logging
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from pref_jax.errors import InputError, RunError
 from pref_jax.files import sync, sync_tree
+
+Loaded = TypeVar("Loaded")
+
+logger = logging.getLogger(__name__)
 
 VARIABLE = "PREF_JAX_CACHE"
 
@@ -147,6 +153,24 @@ def entry(kind: str, key: str, make: Callable[[Path], None]) -> Path:
         finally:
             remove(temporary)
     return final
+
+
+def load(
+    kind: str, key: str, make: Callable[[Path], None], read: Callable[[Path], Loaded]
+) -> Loaded:
+    """What ``read`` makes of an `entry`; one that was damaged since is made again.
+
+    ``read`` tells of damage by the errors of pyarrow, json and the file system.
+    """
+    import pyarrow as pa
+
+    path = entry(kind, key, make)
+    try:
+        return read(path)
+    except (pa.ArrowInvalid, ValueError, OSError, KeyError) as error:
+        logger.warning("%s cannot be read (%s) and is made again", path, error)
+        remove(path)
+        return read(entry(kind, key, make))
 
 
 def remove(path: Path) -> None:

@@ -138,8 +138,7 @@ def read_comparisons(path: str | os.PathLike[str], *, labelled: bool | None = No
         (folder / "notes.json").write_text(json.dumps(notes), encoding="utf-8")
 
     kind = "unlabelled" if labelled is False else "rows"
-    entry = cache.entry("comparisons", f"{digest}-{kind}", make)
-    notes = json.loads((entry / "notes.json").read_text(encoding="utf-8"))
+    notes, table = cache.load("comparisons", f"{digest}-{kind}", make, _read_entry)
     if labelled and not notes["labelled"]:
         _columns_wanted(path, notes["columns"], labelled)
     if notes["empty_texts"]:
@@ -149,9 +148,14 @@ def read_comparisons(path: str | os.PathLike[str], *, labelled: bool | None = No
             notes["first_empty_text"],
             notes["empty_texts"],
         )
-    with pa.memory_map(str(entry / "rows.arrow")) as source:
-        table = pa.ipc.open_file(source).read_all()
     return Comparisons(path=path, digest=digest, table=table)
+
+
+def _read_entry(folder: Path) -> tuple[dict[str, Any], pa.Table]:
+    """Notes and memory-mapped rows of an entry of the cache."""
+    notes = json.loads((folder / "notes.json").read_text(encoding="utf-8"))
+    with pa.memory_map(str(folder / "rows.arrow")) as source:
+        return notes, pa.ipc.open_file(source).read_all()
 
 
 def iterate_cells(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:

@@ -11,11 +11,11 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 _VERSION = 1  # of everything here, `tokenizers` and `segments` that shapes a cached file
 _ROWS = 512  # per record batch: a few MB of text
 TEXTS = ("prompt", "response_a", "response_b")
-T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -134,7 +133,9 @@ def make_features(
     def make(path: Path) -> None:
         _write(path, _sequences(tokens, tokenizer, layout), _sequence_schema())
 
-    return _load("features", key, make, lambda path: Features(key, path, layout, tokens.lengths))
+    return cache.load(
+        "features", key, make, lambda path: Features(key, path, layout, tokens.lengths)
+    )
 
 
 def make_tokens(
@@ -145,7 +146,7 @@ def make_tokens(
     def make(path: Path) -> None:
         _write(path, _encode(comparisons, tokenizer, progress), _token_schema())
 
-    return _load("tokens", _tokens_key(comparisons, tokenizer), make, Tokens)
+    return cache.load("tokens", _tokens_key(comparisons, tokenizer), make, Tokens)
 
 
 def _tokens_key(comparisons: "Comparisons", tokenizer: Tokenizer) -> str:
@@ -154,19 +155,6 @@ def _tokens_key(comparisons: "Comparisons", tokenizer: Tokenizer) -> str:
 
 def _hash(parts: list[Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _load(kind: str, key: str, make: Callable[[Path], None], read: Callable[[Path], T]) -> T:
-    """Reads an entry of the cache; one that was damaged since is made again."""
-    import pyarrow as pa
-
-    path = cache.entry(kind, key, make)
-    try:
-        return read(path)
-    except (pa.ArrowInvalid, OSError, KeyError) as error:
-        _log.warning("%s cannot be read (%s) and is made again", path, error)
-        cache.remove(path)
-        return read(cache.entry(kind, key, make))
 
 
 def _token_schema() -> "pa.Schema":

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -576,16 +577,30 @@ def _gather(step: int) -> list[int]:
 
 def _reason(error: BaseException) -> str:
     """An error's text on one line, short: tensorstore adds whole specs to some."""
+    if "No space left on device" in str(error):
+        return "the disk is full"
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _quiet_orbax() -> None:
-    """Drops Orbax's log lines: it logs a traceback for what is raised here as one line."""
-    absl = logging.getLogger("absl")
-    if _not_from_orbax not in absl.filters:
-        absl.addFilter(_not_from_orbax)
+    """Silences Orbax: it logs tracebacks for what is raised here as one line.
+
+    It logs through absl, whose logger passes its filters by, so the level has to do it. After a
+    failure tensorstore reports the other writes to an event loop that is closed by then, each with
+    a traceback through one of Python's hooks.
+    """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    if not getattr(sys.excepthook, "drops_late_writes", False):
+        sys.excepthook = _without_late_writes(sys.excepthook)
+        sys.unraisablehook = _without_late_writes(sys.unraisablehook)
 
 
-def _not_from_orbax(record: logging.LogRecord) -> bool:
-    return f"{os.sep}orbax{os.sep}" not in record.pathname
+def _without_late_writes(hook: Callable[..., Any]) -> Callable[..., Any]:
+    def show(*arguments: Any) -> None:
+        error = arguments[1] if len(arguments) > 1 else arguments[0].exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            hook(*arguments)
+
+    show.drops_late_writes = True  # type: ignore[attr-defined]
+    return show

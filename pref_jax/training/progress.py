@@ -9,7 +9,8 @@ from typing import Any, Self, TextIO
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a plain line now and then. Both on standard error.
+    """A bar on a terminal (standard error); elsewhere a plain line now and then on standard
+    output, since standard error is kept for the one line of an error.
 
     Args:
       total: steps in all.
@@ -17,7 +18,7 @@ class Progress:
       unit: what one step is called.
       description: what is being done.
       every_seconds: least time between two plain lines.
-      stream: where to write; standard error when nothing is said.
+      stream: where to write, where that is settled by the caller.
     """
 
     def __init__(
@@ -32,7 +33,9 @@ class Progress:
     ) -> None:
         self._total, self._unit, self._description = total, unit, description
         self._every_seconds = every_seconds
-        self._stream = sys.stderr if stream is None else stream
+        if stream is None:
+            stream = sys.stderr if sys.stderr.isatty() else sys.stdout
+        self._stream = stream
         self._first = self._step = initial
         self._started = self._spoken = time.monotonic()
         self._spoken_step: int | None = None

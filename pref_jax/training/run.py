@@ -39,6 +39,8 @@ from pref_jax.training.workdir import FREE_FIELDS, Workdir, describe_environment
 
 logger = logging.getLogger(__name__)
 
+_MOST_STEPS = 2**31 - 2  # the step counter is an int32
+
 
 class CompiledStep:
     """The training step of an experiment, compiled once, ahead of the data.
@@ -127,11 +129,17 @@ class CompiledStep:
 
 def count_steps(config: ConfigDict, steps_per_epoch: int) -> int:
     """Updates of the whole run: the smaller of ``epochs`` and ``max_steps``."""
-    # The tiny margin keeps 0.1 + 0.2 epochs from rounding up to one more update.
-    total = max(1, math.ceil(config.train.epochs * steps_per_epoch - 1e-9))
+    wanted = config.train.epochs * steps_per_epoch
     if config.train.max_steps is not None:
-        total = min(total, config.train.max_steps)
-    return total
+        wanted = min(wanted, config.train.max_steps)
+    if wanted > _MOST_STEPS:
+        raise InputError(
+            "--config.train.epochs",
+            f"{config.train.epochs:g} epochs are more than {_MOST_STEPS:,} updates",
+            "choose fewer epochs, or set train.max_steps",
+        )
+    # The tiny margin keeps 0.1 + 0.2 epochs from rounding up to one more update.
+    return max(1, math.ceil(wanted - 1e-9))
 
 
 class TrainingData:

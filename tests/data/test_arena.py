@@ -494,3 +494,14 @@ def test_the_real_rows(shared_data: Path) -> None:
             turns = [turn if turn is not None else "null" for turn in json.loads(row[name])]
             joined = "\n\n".join(turns or ["null"])
             assert text == "".join("?" if "\ud800" <= c <= "\udfff" else c for c in joined)
+
+
+@pytest.mark.parametrize("name", ["rows.arrow", "notes.json"])
+def test_a_damaged_cache_entry_is_made_again(tmp_path, monkeypatch, name: str) -> None:
+    monkeypatch.setenv("PREF_JAX_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "rows.csv"
+    path.write_text('id,prompt,response_a,response_b\n1,"[""p""]","[""a""]","[""b""]"\n')
+    read_comparisons(path)
+    (damaged,) = (tmp_path / "cache" / "comparisons").glob(f"*/{name}")
+    damaged.write_bytes(damaged.read_bytes()[:20])
+    assert read_comparisons(path).ids == ["1"]
