@@ -21,17 +21,19 @@ flags.DEFINE_string("output", None, "JSON file to write.")
 def main(options, config):
     import json
 
-    from pref_jax.files import check_output_file
+    from pref_jax.files import check_output_file, write_json
 
     if options.output is not None:
-        check_output_file(options.output)
+        check_output_file(
+            options.output,
+            inputs=(config.data.train, config.data.valid),
+            outside=config.model.init_from,
+        )
     from pref_jax.benchmark import benchmark
 
     result = benchmark(config, mode=options.mode, steps=options.steps, rows=options.rows)
     print(json.dumps(result, indent=2))
     if options.output is not None:
-        from pref_jax.files import write_json
-
         write_json(Path(options.output), result)
 
 

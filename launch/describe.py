@@ -21,6 +21,10 @@ flags.DEFINE_integer("row", None, "Row to draw, counted from 1; else the first t
 def main(options, config):
     from pathlib import Path
 
+    from pref_jax.files import check_output_file, write_json
+
+    if options.output is not None:
+        check_output_file(options.output, inputs=(options.data,))
     from pref_jax.data.arena import read_comparisons
     from pref_jax.data.describe import compare_layouts, default_tokenizer, describe, render
     from pref_jax.data.tokenizers import load_tokenizer
@@ -36,9 +40,7 @@ def main(options, config):
         tokenizer = load_tokenizer(folder, config.input.tokenizer)
     found = describe(comparisons, tokenizer, layouts, row=options.row)
     print(render(found))
-    if options.output:
-        from pref_jax.files import write_json
-
+    if options.output is not None:
         write_json(Path(options.output), found)
 
 

@@ -9,19 +9,30 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pref_jax.errors import InputError, RunError
 
 
-def check_output_file(path: str | Path, flag: str = "--output") -> Path:
+def check_output_file(
+    path: str | Path,
+    flag: str = "--output",
+    inputs: Iterable[str | Path | None] = (),
+    outside: str | Path | None = None,
+) -> Path:
     """The path, if a file can be written there; call it before hours of work, not after.
 
+    Args:
+      path: the file to be written.
+      flag: what names it on the command line.
+      inputs: data files that the command reads, which it must not replace; None names none.
+      outside: a run's folder that the file must not lie in.
+
     Raises:
-      InputError: nothing given, a directory, not a regular file, no such folder, or a folder
-        that cannot be written.
+      InputError: nothing given, a directory, not a regular file, one of the inputs, inside the
+        run, no such folder, or a folder that cannot be written.
     """
     if not str(path):
         raise InputError(flag, "no file named", f"name one, as in {flag}=submission.csv")
@@ -30,6 +41,16 @@ def check_output_file(path: str | Path, flag: str = "--output") -> Path:
         raise InputError(str(target), "is a directory", f"name a file in it with {flag}")
     if os.path.exists(target) and not os.path.isfile(target):
         raise InputError(str(target), "is not a regular file", f"name another with {flag}")
+    for read in inputs:
+        with contextlib.suppress(OSError, ValueError):  # one of them is not there
+            if read is not None and os.path.samefile(target, read):
+                raise InputError(
+                    str(target), "is the data itself", f"name another file with {flag}"
+                )
+    if outside is not None and target.resolve().is_relative_to(Path(outside).resolve()):
+        raise InputError(
+            str(target), "lies inside the run's folder", f"name a file elsewhere with {flag}"
+        )
     folder = target.parent
     if not os.path.isdir(folder):
         what = "is not a directory" if os.path.exists(folder) else "does not exist"
@@ -64,6 +85,19 @@ def make_output_folder(path: str | Path, flag: str = "--output") -> Path:
     except OSError as error:
         raise _explain(folder, error) from error
     return folder
+
+
+def refuse_foreign_files(folder: Path, names: Iterable[str], what: str) -> None:
+    """Refuses to replace files that an earlier call did not write.
+
+    Raises:
+      InputError: names the first of ``names`` that is there.
+    """
+    for name in names:
+        if os.path.lexists(folder / name):
+            raise InputError(
+                str(folder / name), f"is there and not of {what}", "give an empty folder"
+            )
 
 
 def plain(value: Any) -> Any:

@@ -36,7 +36,7 @@ from typing import Any
 from pref_jax.data import phrases
 from pref_jax.data.arena import LABELS, TEXTS
 from pref_jax.errors import InputError
-from pref_jax.files import make_output_folder, write_durably
+from pref_jax.files import make_output_folder, refuse_foreign_files, write_durably
 
 # Of a response's utility: per good opening word, per e-fold of length, and per marker.
 WEIGHTS = {
@@ -71,6 +71,8 @@ QUIRKS = {
 REPEATED_PROMPTS = 0.1
 SEVERAL_TURNS = 0.1
 _ALWAYS_FROM = 300
+# The truth comes first: it tells that the others are an arena's, should the rest be cut short.
+FILES = ("truth.json", "train.csv", "test.csv", "test_labels.csv", "annotations.jsonl")
 _EMPTY_SIDES: tuple[list[str | None], ...] = ([None], [], [""], [" "], ["", ""])
 
 RATINGS = (
@@ -183,16 +185,19 @@ def simulate(rows: int, test_rows: int, seed: int, output: str | os.PathLike[str
       rows: rows of ``train.csv``, at least 1; its first 4,000 rows are annotated.
       test_rows: rows of ``test.csv``, at least 1.
       seed: another seed, another arena.
-      output: folder, made if missing; files of these names in it are replaced.
+      output: folder, made if missing; the files of an earlier arena in it are replaced.
 
     Raises:
-      InputError: no rows, or the folder cannot be written.
+      InputError: no rows, the folder cannot be written, or it holds files of these names that are
+        not of an arena.
       RunError: the disk is full.
     """
     for flag, value in (("--rows", rows), ("--test_rows", test_rows)):
         if value < 1:
             raise InputError(flag, f"{value} rows", "ask for at least 1")
     folder = make_output_folder(Path(output))
+    if not _is_truth(folder / "truth.json"):
+        refuse_foreign_files(folder, FILES, "a simulated arena")
     train = generate(rows, f"{seed}/train", first_id=30192)
     test = generate(test_rows, f"{seed}/test", first_id=train[-1].id + 1000)
     truth = {
@@ -222,10 +227,17 @@ def simulate(rows: int, test_rows: int, seed: int, output: str | os.PathLike[str
         ),
         "truth.json": lambda file: file.writelines([json.dumps(truth, indent=2), "\n"]),
     }
-    for name, write in files.items():
+    for name in FILES:
         text = io.StringIO(newline="")
-        write(text)
+        files[name](text)
         write_durably(folder / name, text.getvalue().encode())
+
+
+def _is_truth(path: Path) -> bool:
+    try:
+        return "bayes_log_loss" in json.loads(path.read_bytes())
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
 
 
 def generate(rows: int, seed: str, first_id: int = 0) -> list[Row]:

@@ -51,7 +51,7 @@ def predict(workdir: str, data: str, output: str, *, swap_average: bool) -> None
     Raises:
       InputError: anything about workdir, data or output; nothing is written then.
     """
-    check_output_file(Path(output))
+    check_output_file(output, inputs=(data,), outside=workdir)
     compilation.keep_compiled_programs()
     comparisons = read_comparisons(data, labelled=False)
     probabilities = score(load_run(Path(workdir)), comparisons, swap_average=swap_average)
@@ -66,7 +66,7 @@ def evaluate(workdir: str, data: str, *, output: str | None, swap_average: bool)
       InputError: anything about workdir, data or output; nothing is written then.
     """
     if output is not None:
-        check_output_file(Path(output))
+        check_output_file(output, inputs=(data,), outside=workdir)
     compilation.keep_compiled_programs()
     comparisons = read_comparisons(data, labelled=True)
     run = load_run(Path(workdir))

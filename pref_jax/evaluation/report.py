@@ -17,7 +17,7 @@ from pref_jax.evaluation import figures, metrics
 from pref_jax.evaluation.predictions import Predictions
 from pref_jax.evaluation.runs import Run, read_runs
 from pref_jax.evaluation.submission import quote_cell
-from pref_jax.files import make_output_folder, write_durably
+from pref_jax.files import make_output_folder, refuse_foreign_files, write_durably
 
 FIGURES = (
     "log_loss",
@@ -28,6 +28,7 @@ FIGURES = (
     "slices_turns",
     "slices_source",
 )
+_TABLE_START = b"run,finished,steps,"
 # With more runs than this, each is compared to the best one only.
 _MOST_PAIRED = 5
 
@@ -55,7 +56,8 @@ def make_report(
 
     Args:
       runs: workdirs of ``launch/train.py``, finished or still going.
-      output: the folder, made where it is missing; other files in it are left alone.
+      output: the folder, made where it is missing; an earlier report in it is replaced, other
+        files are left alone.
       truth: ``truth.json`` of a simulated arena, for the best loss any model could reach. Without
         it the one beside the runs' training data is taken, if they share it.
 
@@ -63,20 +65,33 @@ def make_report(
       The page's path.
 
     Raises:
-      InputError: see `read_runs`; the output cannot be written; or ``truth`` is not such a file.
+      InputError: see `read_runs`; the output cannot be written, or holds files of a report's
+        names that are not of one; or ``truth`` is not such a file.
     """
     read = read_runs(runs)
     bayes = _read_bayes(Path(truth), read) if truth is not None else _find_bayes(read)
     folder = make_output_folder(output)
+    if not _is_table(folder / "results.csv"):
+        pictures = (f"{name}.png" for name in FIGURES)
+        refuse_foreign_files(folder, ("results.csv", "index.html", *pictures), "a report")
     references = _shared_references(read, bayes)
     drawn = _draw_figures(read, references)
+    # First: it tells that the others are a report's, should the rest be cut short.
+    write_durably(folder / "results.csv", _write_table(read, bayes).encode())
     for figure in drawn:
         write_durably(folder / f"{figure.name}.png", figure.png)
     for name in set(FIGURES) - {figure.name for figure in drawn}:
         (folder / f"{name}.png").unlink(missing_ok=True)  # of an earlier report here
-    write_durably(folder / "results.csv", _write_table(read, bayes).encode())
     write_durably(folder / "index.html", _render(read, references, drawn).encode())
     return folder / "index.html"
+
+
+def _is_table(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(_TABLE_START)) == _TABLE_START
+    except OSError:
+        return False
 
 
 def compare_runs(first: Predictions, second: Predictions) -> dict[str, Any] | None:

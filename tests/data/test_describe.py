@@ -171,3 +171,14 @@ def test_command_prints_and_writes(tmp_path, run_command):
     assert (result.returncode, result.stderr) == (0, "")
     assert "quirks (rows)" in result.stdout
     assert set(json.loads(output.read_text())["layouts"]) == {"single", "parallel", "response"}
+
+
+def test_the_data_is_not_written_over(tmp_path, run_command):
+    path = write(tmp_path / "rows.csv")
+    before = path.read_bytes()
+    result = run_command("launch/describe.py", f"--data={path}", f"--output={path}")
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr == (
+        f"error: {path}: is the data itself; name another file with --output\n"
+    )
+    assert path.read_bytes() == before

@@ -210,3 +210,17 @@ def test_wrong_arguments(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a file"):
         simulate.simulate(5, 5, 0, tmp_path / "file")
     assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_only_an_arena_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "test.csv").write_text("mine")
+    with pytest.raises(InputError, match=r"test\.csv: is there and not .*; give an empty folder"):
+        simulate.simulate(5, 5, 0, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["test.csv"]
+    arena = tmp_path / "arena"
+    simulate.simulate(5, 5, 0, arena)
+    (arena / "settings").write_text("kept")
+    before = (arena / "train.csv").read_bytes()
+    simulate.simulate(5, 5, 1, arena)
+    assert (arena / "train.csv").read_bytes() != before
+    assert (arena / "settings").read_text() == "kept"

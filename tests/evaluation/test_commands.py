@@ -65,3 +65,23 @@ def test_the_log_loss_is_that_of_the_file(
     result = json.loads((world / "out.json").read_text())
     assert result["rows"] == 13
     assert result["log_loss"] == pytest.approx(by_hand, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["predict", "evaluate"])
+def test_data_and_run_are_not_written_over(world: Path, repository: Path, name: str) -> None:
+    (world / "link.csv").unlink(missing_ok=True)
+    (world / "link.csv").symlink_to(world / "rows.csv")
+    before = (world / "rows.csv").read_bytes()
+    for output, what in (
+        ("rows.csv", "is the data itself"),
+        ("link.csv", "is the data itself"),
+        ("run/result.json", "lies inside the run's folder"),
+        ("run/new.json", "lies inside the run's folder"),
+    ):
+        done = command.call(
+            repository / "launch" / f"{name}.py",
+            [f"--workdir={world}/run", f"--data={world}/rows.csv", f"--output={world}/{output}"],
+        )
+        assert done.code == 2 and f"{world}/{output}: {what}; name" in done.stderr, done
+    assert (world / "rows.csv").read_bytes() == before
+    assert not (world / "run" / "new.json").exists()

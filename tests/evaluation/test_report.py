@@ -190,6 +190,17 @@ def test_wrong_folders_are_refused(make_run: MakeRun, tmp_path: Path) -> None:
         make_report([run], tmp_path / "report", truth=run / "config.json")
 
 
+def test_only_a_report_is_replaced(make_run: MakeRun, tmp_path: Path) -> None:
+    run, site = make_run("run", rows=30), tmp_path / "site"
+    site.mkdir()
+    (site / "index.html").write_text("mine")
+    with pytest.raises(InputError, match=r"index\.html: is there and not of a report"):
+        make_report([run], site)
+    assert [path.name for path in site.iterdir()] == ["index.html"]
+    for _ in range(2):
+        assert make_report([run], tmp_path / "report").is_file()
+
+
 def test_many_runs_and_sources_and_steps_can_be_drawn() -> None:
     names = [f"run {i}" for i in range(16)]
     part = {f"source {i}": {"rows": i + 1, "log_loss": 1 + i / 50} for i in range(40)}
