@@ -189,9 +189,9 @@ def check(config: ConfigDict) -> None:
     for name, (low, high) in _RANGES.items():
         value = get(config, name)
         if value is not None and not low <= value <= high:  # not a number fails both
-            most = f" to {high:g}" if high < math.inf else " or more"
+            most = f" to {high:,}" if high < math.inf else " or more"
             raise InputError(
-                f"--config.{name}", f"{value} is out of range", f"it can be {low:g}{most}"
+                f"--config.{name}", f"{value} is out of range", f"it can be {low:,}{most}"
             )
         if value is not None and not math.isfinite(value):
             raise InputError(f"--config.{name}", f"{value} is not finite", "give a finite number")
@@ -254,11 +254,16 @@ def _check_data(data: ConfigDict) -> None:
         )
 
 
+def show_budget(layout: str) -> str:
+    """What to type for the paper's shares of a layout."""
+    shares = ",".join(f"{share:g}" for share in BUDGETS.get(layout, BUDGETS["single"]))
+    return f'type --config.input.budget="({shares})"'
+
+
 def _check_input(config: ConfigDict) -> None:
     budget, layout = config.input.budget, config.input.layout
     if budget is not None:
-        wanted = BUDGETS[layout]
-        example = f'type --config.input.budget="({",".join(f"{share:g}" for share in wanted)})"'
+        wanted, example = BUDGETS[layout], show_budget(layout)
         where = "--config.input.budget"
         if len(budget) != len(wanted):
             raise InputError(

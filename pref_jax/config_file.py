@@ -19,7 +19,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from pref_jax.config import default_config, get, resolve
+from pref_jax.config import default_config, get, resolve, show_budget
 from pref_jax.errors import InputError
 
 
@@ -74,7 +74,8 @@ def load(
         file = beside if beside.exists() else file
     config = _execute(file, name, arguments or None)
     _compare_fields(config, name)
-    for field, value in overrides:
+    # The budget comes last: what is said of it depends on the layout.
+    for field, value in sorted(overrides, key=lambda pair: pair[0] == "input.budget"):
         override(config, field, value)
     resolve(config)
     return config
@@ -111,7 +112,12 @@ def override(config: ConfigDict, name: str, value: str | None) -> None:
     kind, optional = schema.get_type(leaf), schema[leaf] is None
     if value is None and kind is not bool:
         raise InputError(f"--config.{name}", "its value is missing", f"type --config.{name}=...")
-    parent[leaf] = _convert(f"--config.{name}", "true" if value is None else value, kind, optional)
+    text = "true" if value is None else value
+    if kind is tuple:
+        example = show_budget(config.input.layout)  # the only list among the fields
+        parent[leaf] = _convert_list(f"--config.{name}", text.strip(), optional, example)
+    else:
+        parent[leaf] = _convert(f"--config.{name}", text, kind, optional)
 
 
 def _convert(where: str, text: str, kind: type, optional: bool) -> Any:
@@ -131,20 +137,22 @@ def _convert(where: str, text: str, kind: type, optional: bool) -> Any:
             return float(text)
         except ValueError as error:
             raise InputError(where, f"{text!r} is not a number", f"type {where}=0.1") from error
-    if kind is tuple:
-        try:
-            value = ast.literal_eval(text)
-            values = value if isinstance(value, (tuple, list)) else (value,)
-            if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values):
-                raise ValueError
-            return tuple(float(v) for v in values)
-        except (ValueError, SyntaxError, TypeError, OverflowError, RecursionError, MemoryError):
-            raise InputError(
-                where, f"{text!r} is not a list of numbers", f'type {where}="(0.1,0.45,0.45)"'
-            ) from None
     if not text:
         raise InputError(where, "it is empty", f"type {where}=VALUE")
     return text
+
+
+def _convert_list(where: str, text: str, optional: bool, example: str) -> Any:
+    if optional and text.lower() in ("none", ""):
+        return None
+    try:
+        value = ast.literal_eval(text)
+        values = value if isinstance(value, (tuple, list)) else (value,)
+        if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values):
+            raise ValueError
+        return tuple(float(v) for v in values)
+    except (ValueError, SyntaxError, TypeError, OverflowError, RecursionError, MemoryError):
+        raise InputError(where, f"{text!r} is not a list of numbers", example) from None
 
 
 def _whole_number(where: str, text: str) -> int:

@@ -3,12 +3,16 @@
 Everything else is a defect of this project and keeps its traceback.
 """
 
+_LONGEST_PLACE = 300  # characters of a message's WHERE
+_LONGEST_WORD = 200  # characters of a file name in the rest
+
 
 class _OneLineError(Exception):
     """Message of the form ``WHERE: what is wrong; what to do``."""
 
     def __init__(self, where: str, what: str, remedy: str) -> None:
-        self.where, self.what, self.remedy = (_one_line(part) for part in (where, what, remedy))
+        self.where = shorten(_one_line(where), _LONGEST_PLACE)
+        self.what, self.remedy = (_shorten_words(_one_line(part)) for part in (what, remedy))
         super().__init__(f"{self.where}: {self.what}; {self.remedy}")
 
 
@@ -25,6 +29,18 @@ class InputError(_OneLineError):
 
 class RunError(_OneLineError):
     """A failure while running: disk full, non-finite loss, a lost host (exit code 1)."""
+
+
+def shorten(text: str, longest: int) -> str:
+    """``text`` with its middle left out where it is longer than ``longest`` characters."""
+    if len(text) <= longest:
+        return text
+    end = (longest - 3) // 2
+    return f"{text[: longest - 3 - end]}...{text[-end:]}"
+
+
+def _shorten_words(text: str) -> str:
+    return " ".join(shorten(word, _LONGEST_WORD) for word in text.split(" "))
 
 
 def _one_line(text: object) -> str:

@@ -240,6 +240,12 @@ class Experiment:
         folder = self.backbone.tokenizer_folder
         tokenizer = load_tokenizer(folder, self.config.input.tokenizer)
         rows = self.backbone.encoder.vocab_size
+        if tokenizer.vocab_size > rows and self.backbone.base["kind"] == "random":
+            raise InputError(
+                "--config.model.config.vocab_size",
+                f"{rows} is less than the {tokenizer.vocab_size} tokens of the learned vocabulary",
+                f"give at least {tokenizer.vocab_size}, or leave it out",
+            )
         if tokenizer.vocab_size > rows:
             raise InputError(
                 str(folder),

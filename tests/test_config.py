@@ -172,6 +172,29 @@ def test_values_out_of_range_name_the_field(name: str, text: str) -> None:
     assert caught.value.where == f"--config.{name}"
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "remedy"),
+    [
+        ("train.max_steps", "0", "it can be 1 to 2,147,483,647"),
+        ("seed", "-1", "it can be 0 to 4,294,967,295"),
+        ("train.weight_decay", "-1", "it can be 0 or more"),
+    ],
+)
+def test_ranges_are_written_out(name: str, text: str, remedy: str) -> None:
+    config = default_config()
+    override(config, name, text)
+    with pytest.raises(InputError) as caught:
+        resolve(config)
+    assert caught.value.remedy == remedy
+
+
+def test_the_example_of_a_budget_fits_the_layout(repository: Path) -> None:
+    overrides = [("input.budget", "(nan,0.9)"), ("input.layout", "parallel")]
+    with pytest.raises(InputError) as caught:
+        load(f"{repository}/configs/single_bert.py", overrides)
+    assert caught.value.remedy == 'type --config.input.budget="(0.1,0.9)"'
+
+
 def test_overrides_are_taken_out_of_the_command_line() -> None:
     others, overrides = take_overrides(
         [

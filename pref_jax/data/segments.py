@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from pref_jax.config import LONGEST_INPUT
 from pref_jax.errors import InputError
 
 # Segments of one sequence, each followed by a separator; [CLS] stands before the first.
@@ -60,6 +61,13 @@ class Layout:
         if not isinstance(self.max_length, int | np.integer) or isinstance(self.max_length, bool):
             _refuse("max_length", self.max_length, "give a whole number of tokens")
         least = self.num_special + max(math.ceil(1 / share) for share in self._shares)
+        if least > LONGEST_INPUT:
+            raise InputError(
+                "--config.input.budget",
+                f"with {self.budget} a segment gets no token below a max_length of {least:,}, and "
+                f"that can be {LONGEST_INPUT:,} at most",
+                "give larger shares",
+            )
         if self.max_length < least:
             _refuse(
                 "max_length",

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pref_jax.errors import InputError
+from pref_jax.errors import InputError, shorten
 from pref_jax.files import plain, read_json, write_json
 
 # What may differ between the run that started a folder and the one that goes on in it: none of
@@ -26,6 +26,10 @@ from pref_jax.files import plain, read_json, write_json
 FREE_FIELDS = ("train.max_hours", "train.microbatch_size", "train.remat", "logging", "mesh")
 # Files that only a run leaves; without a config.json beside them nobody can say which run's.
 _TRACES = ("checkpoints", "metrics.jsonl", "result.json")
+# What a start that was killed leaves; hidden files are its unfinished ones, or of no weight.
+_STARTED = ("model.json", "environment.json", "baselines.json", "tokenizer")
+_LOGS = (".log", ".out", ".err", "log.txt")  # endings of what a user's redirection writes
+_LONGEST_COMMAND = 120
 _PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "clu", "datasets"),
     *("pyarrow", "tokenizers", "tensorflow", "tensorflow-text"),
@@ -77,6 +81,7 @@ class Workdir:
         missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            fresh = not os.path.lexists(self.path / ".lock")
             lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except (FileExistsError, NotADirectoryError) as error:
             raise InputError(
@@ -107,7 +112,13 @@ class Workdir:
             ) from error
         try:
             self._refuse_vanished(lock)
-            self._refuse_foreign()
+            try:
+                self._refuse_foreign()
+            except InputError:
+                if fresh:  # the folder stays as it was
+                    with contextlib.suppress(OSError):
+                        os.unlink(self.path / ".lock")
+                raise
             if not os.access(self.path, os.W_OK | os.X_OK):
                 raise InputError(
                     str(self.path),
@@ -167,6 +178,13 @@ class Workdir:
                     str(self.path),
                     f"holds {name} but no config.json: nobody can tell which run it belongs to",
                     "give another --workdir, or remove the old files",
+                )
+        for name in sorted(os.listdir(self.path)):
+            if not (name in _STARTED or name.startswith(".") or name.endswith(_LOGS)):
+                raise InputError(
+                    str(self.path),
+                    f"holds files that are not of a run, such as {name}",
+                    "give another --workdir",
                 )
 
     def read_config(self) -> dict[str, Any]:
@@ -307,7 +325,7 @@ def _read_holder(lock: int) -> str:
         holder = json.loads(os.pread(lock, 65536, 0))
         return (
             f"process {holder['pid']} on {holder['host']} since {holder['since']}"
-            f" ({ascii(holder['command'])[1:-1]})"
+            f" ({shorten(ascii(holder['command'])[1:-1], _LONGEST_COMMAND)})"
         )
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"

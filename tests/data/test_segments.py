@@ -138,3 +138,8 @@ def test_the_least_length_is_named():
     with pytest.raises(InputError, match="give at least 14"):
         Layout("single", 13, SINGLE)
     assert min(Layout("single", 14, SINGLE).limits) == 1
+
+
+def test_shares_that_no_length_can_serve_are_named():
+    with pytest.raises(InputError, match=r"--config\.input\.budget: .* 100,003, .*larger shares"):
+        Layout("parallel", 512, (1e-5, 0.9))

@@ -92,6 +92,8 @@ TABLE = [
     (f"{GOOD} --workdir=run --config.seed=77", "seed"),
     ("predict --workdir=run --data=test.csv --output=run", "run"),
     ("predict --workdir=run --data=test.csv --output=absent/out.csv", "absent"),
+    (f"{GOOD} --config.model.config.vocab_size=8", "--config.model.config.vocab_size: 8 is less"),
+    ("benchmark --config=quickstart.py --config.data.train=good.csv --output=good.csv", "itself"),
     ("evaluate --workdir=run --data=good.csv --output=run", "run"),
     ("export --workdir=run --output=good.csv", "good.csv"),
     ("export --workdir=run --output=run", "run"),

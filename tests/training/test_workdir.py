@@ -116,6 +116,7 @@ def test_a_folder_that_may_not_be_written_is_refused(tmp_path):
         ("config.json", b"\xff\xfe\x00", "not JSON"),
         ("metrics.jsonl", "", "no config.json"),
         ("result.json", "{}", "no config.json"),
+        ("thesis.tex", "x", "not of a run, such as thesis.tex; give another --workdir"),
     ],
 )
 def test_a_folder_with_something_else_in_it_is_refused_unharmed(tmp_path, name, text, message):
@@ -124,6 +125,7 @@ def test_a_folder_with_something_else_in_it_is_refused_unharmed(tmp_path, name, 
     with pytest.raises(InputError, match=message):
         Workdir(tmp_path).acquire()
     assert (tmp_path / name).read_bytes() == content
+    assert os.listdir(tmp_path) == [name]
     # A refusal holds nothing.
     (tmp_path / name).unlink()
     with Workdir(tmp_path):
@@ -270,3 +272,27 @@ def test_a_folder_that_stays_empty_is_gone_again(tmp_path: Path) -> None:
     with Workdir(kept):
         pass
     assert kept.is_dir()  # it was there before
+
+
+def test_what_a_killed_start_leaves_is_no_reason_to_refuse(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    for name in ("model.json", "environment.json", "baselines.json", ".config.json.x1"):
+        (tmp_path / name).write_text("{}")
+    with Workdir(tmp_path):
+        pass
+
+
+def test_a_holder_with_a_long_command_is_told_in_short(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["launch/train.py", *["--config.seed=1"] * 500])
+    with (
+        Workdir(tmp_path),
+        pytest.raises(InputError, match=r"\(launch/train\.py .*\.\.\.") as caught,
+    ):
+        Workdir(tmp_path).acquire()
+    assert len(caught.value.what) < 300
+
+
+def test_long_names_lose_their_middle() -> None:
+    error = InputError(f"/data/{'x' * 4000}.csv:3", f"is not {'y' * 4000}.csv", "name another")
+    assert error.where.startswith("/data/xxx") and error.where.endswith("x.csv:3")
+    assert len(error.where) == 300 and len(str(error)) < 600
