@@ -294,7 +294,7 @@ class Outcome(NamedTuple):
 def call(script: str | Path, arguments: Sequence[object] = ()) -> Outcome:
     """Runs a script of ``launch/`` inside this process, as tests do sixty times over.
 
-    The flags it defines are gone afterwards, so that another script can define its own.
+    The flags that it defines itself are gone afterwards, so that another script can define its own.
     """
     stdout, stderr = io.StringIO(), io.StringIO()
     with (
@@ -328,5 +328,8 @@ def _own_flag_values(argv: list[str]) -> Iterator[None]:
         sys.argv, sys.path[:] = old_argv, old_path
         logger.handlers[:], logger.level, logger.propagate = old_logging
         for name in set(flags.FLAGS) - before:
+            # A library defines its flags once, when it is imported.
+            if flags.FLAGS.find_module_defining_flag(name) not in (argv[0], __name__):
+                continue
             with contextlib.suppress(AttributeError):
                 delattr(flags.FLAGS, name)

@@ -190,3 +190,19 @@ def test_an_optional_config_may_be_left_out(script) -> None:
     assert command.call(path, ["--output=x"]).stdout == "None\n"
     stray = command.call(path, ["--output=x", "--config.train.epochs=1"])
     assert stray.code == 2 and "--config.train.epochs" in stray.stderr
+
+
+def test_flags_of_a_library_outlive_the_call(script, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "some_library.py").write_text(
+        'from absl import flags\nflags.DEFINE_integer("some_library_flag", 3, "x")\n'
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    path = script("import some_library; print(flags.some_library_flag)")
+    try:
+        for _ in range(2):
+            assert command.call(path, ["--output=x"]) == (0, "3\n", "")
+        assert "some_library_flag" in command.flags.FLAGS
+        assert "rows" not in command.flags.FLAGS and "config" not in command.flags.FLAGS
+    finally:
+        sys.modules.pop("some_library", None)
+        delattr(command.flags.FLAGS, "some_library_flag")
