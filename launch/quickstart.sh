@@ -11,8 +11,8 @@ set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-rows=1200       # to learn from; a tenth of them is held out to pick the best checkpoint
-test_rows=500   # to judge by
+rows=1000       # to learn from; a tenth of them is held out to pick the best checkpoint
+test_rows=400   # to judge by
 seed=0
 
 case ${1:-} in
