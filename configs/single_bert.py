@@ -14,6 +14,9 @@ Hardware: the paper trained on two T4 GPUs and on one TPU. ``train.microbatch_si
 update up: raise it to fill a larger device, lower it or set ``--config.train.remat=full`` when
 memory runs out; the result stays the same.
 
+Expect with ``minilm`` on two CPU cores: about 5 rows a second at 256 tokens, 1.5 GB; there, with two
+epochs and a rate of 1e-4, a log loss of 1.069 on 868 real rows (README). Others are not measured.
+
 Where the numbers come from: tokens, shares, head and its dropout, learning rate, weight decay,
 epochs, warm-up, schedule, batch and the random 90/10 split, section "Training" of the paper;
 gradient clipping at 1 and dropout 0.1 in the encoder, the defaults of the Trainer and of the
