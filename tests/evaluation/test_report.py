@@ -82,8 +82,8 @@ def test_a_run_with_only_measurements_is_shown(make_run: MakeRun, tmp_path: Path
     run = make_run("going", finished=False)
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 201, "split": "tra')  # being written just now
-    (tmp_path / "report").mkdir()
-    (tmp_path / "report" / "confusion.png").write_text("of an earlier report")
+    make_report([make_run("earlier")], tmp_path / "report")
+    assert (tmp_path / "report" / "confusion.png").exists()
     (tmp_path / "report" / "mine.txt").write_text("kept")
     page = make_report([run], tmp_path / "report")
     found = {path.name for path in page.parent.iterdir()}
