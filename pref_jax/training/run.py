@@ -18,6 +18,7 @@ from pref_jax.data.batches import BatchPlan, Samples, Update, update_shapes
 from pref_jax.data.split import split_rows
 from pref_jax.errors import InputError
 from pref_jax.evaluation.baselines import Baselines, count_words
+from pref_jax.evaluation.metrics import measure_row_losses
 from pref_jax.evaluation.predict import (
     Predictor,
     fit_temperature,
@@ -317,10 +318,9 @@ class _Evaluator:
         self.score(state.params, int(state.step))
         probabilities = self.probabilities(1.0)
         rows = self._data.valid_rows
-        labels = self._data.valid.labels[rows].astype(int)
-        chosen = probabilities[np.arange(len(rows)), labels]
+        labels = self._data.valid.labels[rows]
         return {
-            "loss": float(-np.log(np.maximum(chosen, 1e-15)).mean()),
+            "loss": float(measure_row_losses(probabilities, labels).mean()),
             "accuracy": float((probabilities.argmax(axis=1) == labels).mean()),
         }
 
