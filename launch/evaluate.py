@@ -13,13 +13,18 @@ flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 flags.DEFINE_string("data", None, "Labelled CSV, CSV.gz or Parquet.", required=True)
 flags.DEFINE_string("output", None, "JSON file to write.")
 flags.DEFINE_bool("swap_average", False, "Score both orders of the responses and average.")
+flags.DEFINE_string("base", None, "Where the frozen weights of the run are now, if they moved.")
 
 
 def main(options):
     from pref_jax.evaluation.commands import evaluate
 
     evaluate(
-        options.workdir, options.data, output=options.output, swap_average=options.swap_average
+        options.workdir,
+        options.data,
+        output=options.output,
+        swap_average=options.swap_average,
+        base=options.base,
     )
 
 

@@ -13,12 +13,19 @@ flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 flags.DEFINE_string("data", None, "CSV, CSV.gz or Parquet; labels are not needed.", required=True)
 flags.DEFINE_string("output", None, "The submission file to write.", required=True)
 flags.DEFINE_bool("swap_average", False, "Score both orders of the responses and average.")
+flags.DEFINE_string("base", None, "Where the frozen weights of the run are now, if they moved.")
 
 
 def main(options):
     from pref_jax.evaluation.commands import predict
 
-    predict(options.workdir, options.data, options.output, swap_average=options.swap_average)
+    predict(
+        options.workdir,
+        options.data,
+        options.output,
+        swap_average=options.swap_average,
+        base=options.base,
+    )
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def benchmark(config: ConfigDict, *, mode: str, steps: int, rows: int | None) ->
     scored = sum(int((packed.samples >= 0).sum()) for u in updates for packed in u.buckets)
     padding = padding_fraction(updates)
     total = float(seconds.sum())
-    flops = encoder_flops(experiment.backbone.encoder, lengths, training=mode == "train")
+    flops = encoder_flops(experiment.backbone.architecture, lengths, training=mode == "train")
     peak = peak_flops(device, experiment.mesh.devices.size)
     return {
         "mode": mode,

@@ -24,7 +24,8 @@ CHOICES = {
     "input.truncation": ("head", "tail", "head_tail"),
     "input.packing": ("auto", "on", "off"),
     "input.tokenizer": ("auto", "tensorflow_text", "tokenizers"),
-    "model.family": ("bert", "distilbert"),
+    "model.family": ("bert", "distilbert", "llama"),
+    "model.quantization": ("none", "int8", "nf4"),
     "train.schedule": ("linear", "constant", "cosine"),
     "train.precision": ("auto", "float32", "bfloat16", "float16"),
     "train.remat": ("none", "dots", "full"),
@@ -68,6 +69,13 @@ def default_config() -> ConfigDict:
     config.model.init_from = placeholder(str)  # a workdir whose encoder to start from
     config.model.frozen_layers = 0  # how many of the first encoder layers are not trained
     config.model.head_dropout = 0.1  # on the pooled state
+    config.model.quantization = "none"  # of LLaMA's frozen projections
+    config.model.lora = ConfigDict()  # adapters beside LLaMA's projections
+    config.model.lora.rank = 0  # 0: no adapters, all weights train
+    config.model.lora.alpha = 8.0  # the update is scaled by alpha / rank
+    config.model.lora.dropout = 0.05  # on the adapters' input
+    config.model.lora.targets = "q_proj,v_proj"  # projections, or all-linear
+    config.model.lora.rank_stabilised = False  # scale by alpha / sqrt(rank) instead
     config.model.config = ConfigDict()  # architecture for random weights; here BERT-base
     config.model.config.num_layers = 12
     config.model.config.hidden_size = 768
@@ -75,6 +83,11 @@ def default_config() -> ConfigDict:
     config.model.config.intermediate_size = 3072
     config.model.config.max_positions = 512
     config.model.config.vocab_size = placeholder(int)  # None: the tokenizer's
+    # The next four are LLaMA's.
+    config.model.config.num_kv_heads = placeholder(int)  # heads of keys and values; None: num_heads
+    config.model.config.head_dim = placeholder(int)  # None: hidden_size / num_heads
+    config.model.config.rope_theta = 500_000.0  # base of the rotary positions
+    config.model.config.rope_factor = 1.0  # above 1: "llama3" scaling from 8,192 positions
     # Both also apply to pretrained weights.
     config.model.config.hidden_dropout = 0.1
     config.model.config.attention_dropout = 0.1
@@ -188,6 +201,28 @@ def parse_arguments(text: str | None, **choices: Sequence[str]) -> dict[str, str
     return found
 
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def parse_targets(text: str) -> tuple[str, ...]:
+    """Projections that get an adapter: ``q_proj,v_proj``, or ``all-linear`` for all seven.
+
+    Raises:
+      InputError: a name that is no projection.
+    """
+    if text.strip() == "all-linear":
+        return PROJECTIONS
+    given = [word.strip() for word in text.split(",")]
+    for word in given:
+        if word not in PROJECTIONS:
+            raise InputError(
+                "--config.model.lora.targets",
+                f"no projection is called {word!r}",
+                f"name some of {', '.join(PROJECTIONS)}, or all-linear",
+            )
+    return tuple(name for name in PROJECTIONS if name in given)
+
+
 def training_data(config: ConfigDict) -> str:
     """The path of the training file; asks for it where none is named."""
     if config.data.train is None:
@@ -262,7 +297,12 @@ _RANGES: dict[str, tuple[float, float]] = {
     "model.config.hidden_size": (1, 65536),
     "model.config.num_heads": (1, 1024),
     "model.config.intermediate_size": (1, 2**20),
-    "model.config.max_positions": (4, LONGEST_INPUT),
+    "model.config.max_positions": (4, 2**20),
+    "model.config.num_kv_heads": (1, 1024),
+    "model.config.head_dim": (2, 1024),
+    "model.config.rope_factor": (1, _ANY),
+    "model.lora.rank": (0, 4096),
+    "model.lora.alpha": (0, _ANY),
     "model.config.vocab_size": (8, 2**24),
     "train.max_steps": (1, 2**31 - 1),
     "train.batch_size": (1, 2**20),
@@ -276,7 +316,13 @@ _RANGES: dict[str, tuple[float, float]] = {
     "checkpoint.keep": (1, 10_000),
     "logging.every_steps": (1, 2**31 - 1),
 }
-_ABOVE_ZERO = ("train.epochs", "train.learning_rate", "train.max_hours", "train.layer_decay")
+_ABOVE_ZERO = (
+    "train.epochs",
+    "train.learning_rate",
+    "train.max_hours",
+    "train.layer_decay",
+    "model.config.rope_theta",
+)
 
 
 def _check_data(data: ConfigDict) -> None:
@@ -329,12 +375,25 @@ def _check_input(config: ConfigDict) -> None:
 
 
 def _check_model(model: ConfigDict) -> None:
-    for name in ("head_dropout", "config.hidden_dropout", "config.attention_dropout"):
+    for name in (
+        "head_dropout",
+        "lora.dropout",
+        "config.hidden_dropout",
+        "config.attention_dropout",
+    ):
         rate = get(model, name)
         if not 0 <= rate < 1:
             raise InputError(
                 f"--config.model.{name}", f"{rate} is out of range", "it can be 0 to below 1"
             )
+    if model.lora.rank:
+        parse_targets(model.lora.targets)
+    if model.quantization != "none" and not model.lora.rank:
+        raise InputError(
+            "--config.model.quantization",
+            f"{model.quantization} is for frozen weights, and without adapters all weights train",
+            "set --config.model.lora.rank=4, or model.quantization=none",
+        )
     if model.pretrained is not None:
         return  # its folder says how many layers and heads there are
     if model.config.hidden_size % model.config.num_heads:
@@ -342,6 +401,13 @@ def _check_model(model: ConfigDict) -> None:
             "--config.model.config.num_heads",
             f"{model.config.num_heads} heads do not divide a width of {model.config.hidden_size}",
             "choose a divisor of --config.model.config.hidden_size",
+        )
+    kv_heads = model.config.num_kv_heads
+    if kv_heads is not None and model.config.num_heads % kv_heads:
+        raise InputError(
+            "--config.model.config.num_kv_heads",
+            f"{kv_heads} does not divide the {model.config.num_heads} attention heads",
+            "choose a divisor of --config.model.config.num_heads",
         )
     if model.frozen_layers > model.config.num_layers:
         raise InputError(

@@ -11,27 +11,33 @@ import logging
 import math
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from flax import traverse_util
 from ml_collections import ConfigDict
 
 from pref_jax import mesh as meshes
+from pref_jax.config import parse_targets
 from pref_jax.data.batches import Geometry, Samples, make_geometry
 from pref_jax.data.segments import Layout
-from pref_jax.data.tokenizers import TOKENIZER_FILES
+from pref_jax.data.tokenizers import TOKENIZER_FILES, load_tokenizer
 from pref_jax.errors import InputError
 from pref_jax.files import read_json, write_json
-from pref_jax.models.attention import choose_implementation
+from pref_jax.models.attention import choose_causal_implementation, choose_implementation
 from pref_jax.models.bert import EncoderConfig
 from pref_jax.models.classifiers import PreferenceClassifier
+from pref_jax.models.llama import LlamaClassifier, LlamaConfig
+from pref_jax.models.lora import LoRAConfig
+from pref_jax.models.rope import RopeConfig
 from pref_jax.training.checkpoints import Checkpoints
 from pref_jax.training.precision import choose_precision
-from pref_jax.training.state import split_parameters, trainable_above
+from pref_jax.training.state import is_adapter, split_parameters, trainable_above
 from pref_jax.training.workdir import Workdir
 
 if TYPE_CHECKING:
@@ -45,18 +51,21 @@ _MODEL_FILE = "model.json"
 _TOKENIZER_FOLDER = "tokenizer"
 
 
+Architecture = EncoderConfig | LlamaConfig
+
+
 @dataclasses.dataclass(frozen=True)
 class Backbone:
-    """Where the encoder comes from.
+    """What stands below the head, and where it comes from.
 
     Attributes:
-      encoder: its architecture.
+      architecture: of the encoder or decoder.
       tokenizer_folder: folder with the tokenizer's files.
       base: identity of the initial weights: ``kind`` ("random", "pretrained" or "run"),
         ``source`` and, but for random weights, ``digest``.
     """
 
-    encoder: EncoderConfig
+    architecture: Architecture
     tokenizer_folder: Path
     base: dict[str, str]
 
@@ -70,6 +79,7 @@ def make_layout(config: ConfigDict) -> Layout:
         budget=tuple(section.budget),
         reuse_unused=section.reuse_unused,
         truncation=section.truncation,
+        template=section.template if section.layout == "decoder" else None,
     )
 
 
@@ -92,55 +102,100 @@ def find_backbone(config: ConfigDict, texts: "Comparisons") -> Backbone:
         )
     if section.init_from is not None:
         workdir = Path(section.init_from)
-        encoder, _, _ = _read_model(workdir)
+        architecture, _, _ = _read_model(workdir)
+        if isinstance(architecture, LlamaConfig):
+            raise InputError(
+                "--config.model.init_from",
+                f"{workdir} is a run of a decoder",
+                "start from its base with --config.model.pretrained, or name a run of an encoder",
+            )
         digest = _run_digest(workdir)
         base = {"kind": "run", "source": str(section.init_from), "digest": digest}
-        return Backbone(_with_dropout(encoder, config), workdir / _TOKENIZER_FOLDER, base)
+        return Backbone(_with_dropout(architecture, config), workdir / _TOKENIZER_FOLDER, base)
     if section.pretrained is not None:
-        from pref_jax.weights.files import weights_digest
-        from pref_jax.weights.huggingface import read_encoder_config
-        from pref_jax.weights.sources import resolve_source
+        return _pretrained_backbone(config)
+    base = {"kind": "random", "source": str(config.seed)}
+    if section.family == "llama":
+        from pref_jax.data.decoder_tokenizers import write_byte_tokenizer
 
-        folder = resolve_source(section.pretrained)
-        encoder = read_encoder_config(folder, section.family)
-        base = {
-            "kind": "pretrained",
-            "source": section.pretrained,
-            "digest": weights_digest(folder),
-        }
-        return Backbone(_with_dropout(encoder, config), folder, base)
+        folder = write_byte_tokenizer()
+        vocab_size = load_tokenizer(folder).vocab_size
+        return Backbone(random_architecture(config, vocab_size), folder, base)
 
-    from pref_jax.data.tokenizers import load_tokenizer, train_wordpiece
+    from pref_jax.data.tokenizers import train_wordpiece
 
-    numbers = section.config
-    if numbers.hidden_size % numbers.num_heads:
-        raise InputError(
-            "--config.model.config.num_heads",
-            f"{numbers.num_heads} does not divide hidden_size {numbers.hidden_size}",
-            "choose a divisor",
-        )
     folder = train_wordpiece(_iterate_texts(texts), texts.digest)
     vocab_size = load_tokenizer(folder).vocab_size
-    family = section.family or "bert"
-    encoder = EncoderConfig(
-        family=family,
-        vocab_size=numbers.vocab_size or vocab_size,
-        hidden_size=numbers.hidden_size,
-        num_layers=numbers.num_layers,
-        num_heads=numbers.num_heads,
-        intermediate_size=numbers.intermediate_size,
-        max_positions=numbers.max_positions,
-        type_vocab_size=2 if family == "bert" else 0,
-    )
-    return Backbone(
-        _with_dropout(encoder, config), folder, {"kind": "random", "source": str(config.seed)}
-    )
+    return Backbone(random_architecture(config, vocab_size), folder, base)
 
 
-def _with_dropout(encoder: EncoderConfig, config: ConfigDict) -> EncoderConfig:
+def _pretrained_backbone(config: ConfigDict) -> Backbone:
+    from pref_jax.weights.files import weights_digest
+    from pref_jax.weights.huggingface import read_architecture
+    from pref_jax.weights.sources import resolve_source
+
+    section = config.model
+    source = resolve_source(section.pretrained)
+    architecture = read_architecture(source, section.family)
+    base = {
+        "kind": "pretrained",
+        "source": section.pretrained,
+        "digest": weights_digest(source),
+    }
+    folder = source
+    if source.is_file():
+        from pref_jax.weights.gguf import tokenizer_folder
+
+        folder = tokenizer_folder(source)
+    return Backbone(_with_dropout(architecture, config), folder, base)
+
+
+def random_architecture(config: ConfigDict, vocab_size: int) -> Architecture:
+    """The architecture that `model.config` describes.
+
+    Args:
+      config: the run's config.
+      vocab_size: the tokenizer's; `model.config.vocab_size` wins.
+    """
+    numbers = config.model.config
+    family = config.model.family or "bert"
+    sizes = {
+        "family": family,
+        "vocab_size": numbers.vocab_size or vocab_size,
+        "hidden_size": numbers.hidden_size,
+        "num_layers": numbers.num_layers,
+        "num_heads": numbers.num_heads,
+        "intermediate_size": numbers.intermediate_size,
+        "max_positions": numbers.max_positions,
+    }
+    if family == "llama":
+        rope = RopeConfig(theta=float(numbers.rope_theta))
+        if numbers.rope_factor > 1:  # the other three are those of LLaMA 3.1
+            rope = dataclasses.replace(
+                rope,
+                kind="llama3",
+                factor=float(numbers.rope_factor),
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_positions=8192,
+            )
+        return LlamaConfig(
+            **sizes,
+            num_kv_heads=numbers.num_kv_heads or numbers.num_heads,
+            head_dim=numbers.head_dim or numbers.hidden_size // numbers.num_heads,
+            norm_epsilon=1e-5,
+            rope=rope,
+        )
+    encoder = EncoderConfig(**sizes, type_vocab_size=2 if family == "bert" else 0)
+    return _with_dropout(encoder, config)
+
+
+def _with_dropout(architecture: Architecture, config: ConfigDict) -> Architecture:
+    if isinstance(architecture, LlamaConfig):
+        return architecture  # it has none
     numbers = config.model.config
     return dataclasses.replace(
-        encoder,
+        architecture,
         hidden_dropout=float(numbers.hidden_dropout),
         attention_dropout=float(numbers.attention_dropout),
     )
@@ -177,60 +232,144 @@ class Experiment:
       abstract_params: nested dict of `jax.ShapeDtypeStruct` with shardings.
     """
 
-    def __init__(self, config: ConfigDict, backbone: Backbone) -> None:
+    def __init__(
+        self,
+        config: ConfigDict,
+        backbone: Backbone,
+        *,
+        devices: Sequence[jax.Device] | None = None,
+    ) -> None:
+        """Makes the parts.
+
+        Args:
+          config: checked config.
+          backbone: what `find_backbone` returned.
+          devices: all of this process's world when nothing is said; those of a topology to compile
+            for devices that are not there.
+        """
         self.config, self.backbone = config, backbone
-        encoder = backbone.encoder
+        architecture = backbone.architecture
+        self.is_decoder = isinstance(architecture, LlamaConfig)
         self.layout = make_layout(config)
-        if self.layout.name == "response":
+        self._check_layout()
+        self.mesh = meshes.make_mesh(
+            config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=devices
+        )
+        tensor = self.mesh.shape["tensor"]
+        heads = architecture.num_kv_heads if self.is_decoder else architecture.num_heads
+        if heads % tensor:
+            raise InputError(
+                "--config.mesh.tensor",
+                f"{tensor} does not divide {heads} {'key/value' if self.is_decoder else 'attention'} "
+                "heads",
+                "choose a divisor",
+            )
+        device = self.mesh.devices.flat[0]
+        self.precision = choose_precision(config.train.precision, device)
+        self.attention = self._choose_attention(device)
+        packing = config.input.packing
+        self.geometry: Geometry = make_geometry(
+            self.layout.max_length,
+            self.layout.sides,
+            packing=packing == "on" or (packing == "auto" and self.attention != "cudnn"),
+        )
+        self.microbatch_size: int = config.train.microbatch_size or self._choose_microbatch(device)
+        self.model: nn.Module = self._make_model()
+        self.abstract_params = meshes.abstract_parameters(self._shapes(), self.mesh)
+
+    def _check_layout(self) -> None:
+        architecture, name = self.backbone.architecture, self.layout.name
+        if name == "response":
             raise InputError(
                 "--config.input.layout",
                 "'response' reads one response, and preferences need both",
                 "choose single or parallel",
             )
-        if self.layout.max_length > encoder.max_positions:
+        if self.is_decoder != (name == "decoder"):
+            raise InputError(
+                "--config.input.layout",
+                f"{name!r} is not for {architecture.family}",
+                "choose decoder" if self.is_decoder else "choose single or parallel",
+            )
+        if self.layout.max_length > architecture.max_positions:
             raise InputError(
                 "--config.input.max_length",
-                f"{self.layout.max_length} is more than the model's {encoder.max_positions} "
+                f"{self.layout.max_length} is more than the model's {architecture.max_positions} "
                 "positions",
-                f"choose {encoder.max_positions} or less",
+                f"choose {architecture.max_positions} or less",
             )
-        if config.model.frozen_layers > encoder.num_layers:
+        frozen_layers, lora = self.config.model.frozen_layers, self.config.model.lora
+        if self.is_decoder and frozen_layers:
             raise InputError(
                 "--config.model.frozen_layers",
-                f"{config.model.frozen_layers} is more than the {encoder.num_layers} layers",
-                f"choose {encoder.num_layers} or less",
+                "layers of a decoder are trained together or not at all",
+                "set it to 0; adapters (model.lora.rank) freeze all of them",
             )
-        self.mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-        tensor = self.mesh.shape["tensor"]
-        if encoder.num_heads % tensor:
+        if not self.is_decoder and (lora.rank or self.config.model.quantization != "none"):
             raise InputError(
-                "--config.mesh.tensor",
-                f"{tensor} does not divide {encoder.num_heads} attention heads",
-                "choose a divisor",
+                "--config.model.lora.rank",
+                f"adapters are for decoders, and this is a {architecture.family}",
+                "set model.lora.rank=0 and model.quantization=none, or name a LLaMA model",
             )
-        self.geometry: Geometry = make_geometry(
-            self.layout.max_length, self.layout.sides, packing=config.input.packing != "off"
+        if frozen_layers > architecture.num_layers:
+            raise InputError(
+                "--config.model.frozen_layers",
+                f"{frozen_layers} is more than the {architecture.num_layers} layers",
+                f"choose {architecture.num_layers} or less",
+            )
+
+    def _choose_attention(self, device: jax.Device) -> str:
+        if not self.is_decoder:
+            return choose_implementation(device.platform, self.mesh.devices.size)
+        return choose_causal_implementation(
+            device,
+            head_dim=self.backbone.architecture.head_dim,
+            length=self.layout.max_length,
+            dtype=self.precision.compute,
+            packing=self.config.input.packing,
         )
-        device = self.mesh.devices.flat[0]
-        self.microbatch_size: int = config.train.microbatch_size or (
-            max(1, 512 // self.layout.max_length) if device.platform == "cpu" else 8
-        )
-        self.precision = choose_precision(config.train.precision, device)
-        self.attention = choose_implementation(device.platform, self.mesh.devices.size)
-        self.model = PreferenceClassifier(
-            encoder,
+
+    def _choose_microbatch(self, device: jax.Device) -> int:
+        if device.platform == "cpu":
+            return max(1, 512 // self.layout.max_length)
+        return max(1, 4096 // self.layout.max_length) if self.is_decoder else 8
+
+    def _make_model(self) -> nn.Module:
+        config, architecture = self.config, self.backbone.architecture
+        if isinstance(architecture, LlamaConfig):
+            section = config.model.lora
+            lora = LoRAConfig(
+                rank=section.rank,
+                alpha=float(section.alpha),
+                dropout=float(section.dropout),
+                targets=parse_targets(section.targets),
+                rank_stabilised=section.rank_stabilised,
+            )
+            return LlamaClassifier(
+                architecture,
+                lora=lora if section.rank else None,
+                quantization=config.model.quantization,
+                head_dropout=float(config.model.head_dropout),
+                dtype=self.precision.compute,
+                frozen_dtype=self.precision.compute if section.rank else jnp.dtype("float32"),
+                remat=config.train.remat,
+                attention=self.attention,
+                longest=self.layout.max_length,
+                mesh=self.mesh,
+            )
+        return PreferenceClassifier(
+            architecture,
             head_dropout=float(config.model.head_dropout),
             dtype=self.precision.compute,
             remat=config.train.remat,
             attention=self.attention,
             longest=self.layout.max_length,
         )
-        self.abstract_params = meshes.abstract_parameters(self._shapes(), self.mesh)
 
     def _shapes(self) -> Any:
         tokens = jax.ShapeDtypeStruct((1, self.layout.max_length), jnp.int32)
         pool = jax.ShapeDtypeStruct((1, 1, self.layout.sides), jnp.int32)
-        return jax.eval_shape(self.model.init, jax.random.key(0), *[tokens] * 4, pool)["params"]
+        return one_tree(jax.eval_shape(self.model.init, jax.random.key(0), *[tokens] * 4, pool))
 
     @functools.cached_property
     def tokenizer(self) -> "Tokenizer":
@@ -239,7 +378,7 @@ class Experiment:
 
         folder = self.backbone.tokenizer_folder
         tokenizer = load_tokenizer(folder, self.config.input.tokenizer)
-        rows = self.backbone.encoder.vocab_size
+        rows = self.backbone.architecture.vocab_size
         if tokenizer.vocab_size > rows and self.backbone.base["kind"] == "random":
             raise InputError(
                 "--config.model.config.vocab_size",
@@ -268,25 +407,31 @@ class Experiment:
 
     def split(self, params: Any) -> tuple[Any, Any]:
         """Trainable and frozen parts of a parameter tree."""
+        if self.config.model.lora.rank:
+            return split_parameters(params, is_adapter)
         return split_parameters(params, trainable_above(self.config.model.frozen_layers))
 
-    def initial_params(self, encoder: Any = None) -> Any:
-        """New head, and the encoder as the backbone says; placed on the mesh.
+    def initial_params(self, base: Any = None) -> Any:
+        """New head and adapters, and the base as the backbone says; placed on the mesh.
 
         The order of precedence, where a run has several places to start from, is decided by the
         caller: resume from a checkpoint, else these.
 
         Args:
-          encoder: what `load_encoder` returned, where the caller has called it already.
+          base: what `load_base` returned, where the caller has called it already.
         """
         key = jax.random.key(self.config.seed)
-        if encoder is None:
-            encoder = self.load_encoder()
-        if encoder is None:
+        if base is None:
+            base = self.load_base()
+        if base is None:
             return self._random(key, self.abstract_params)
-        # Only the head is drawn: the compiler drops what is not asked for.
-        head = self._random(key, {"head": self.abstract_params["head"]})
-        return {"encoder": encoder, **head}
+        # Only what is new is drawn: the compiler drops what is not asked for.
+        new = {name: tree for name, tree in self.abstract_params.items() if name != self._trunk}
+        return {self._trunk: base, **self._random(key, new)}
+
+    @property
+    def _trunk(self) -> str:
+        return "decoder" if self.is_decoder else "encoder"
 
     def _random(self, key: jax.Array, abstract: Any) -> Any:
         names = set(abstract)
@@ -294,31 +439,32 @@ class Experiment:
         def draw(key: jax.Array) -> Any:
             tokens = jnp.zeros((1, self.layout.max_length), jnp.int32)
             pool = jnp.zeros((1, 1, self.layout.sides), jnp.int32)
-            params = self.model.init(key, *[tokens] * 4, pool)["params"]
-            unboxed = jax.tree.map(
-                lambda leaf: getattr(leaf, "value", leaf),
-                params,
-                is_leaf=lambda leaf: hasattr(leaf, "names"),
-            )
-            return {name: unboxed[name] for name in names}
+            params = one_tree(nn.unbox(self.model.init(key, *[tokens] * 4, pool)))
+            return {name: params[name] for name in names}
 
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         return jax.jit(draw, out_shardings=shardings)(key)
 
-    def load_encoder(self) -> Any:
-        """The base's encoder, onto the mesh shard by shard; None where the weights are random.
+    def load_base(self) -> Any:
+        """The base's encoder or decoder, onto the mesh shard by shard; None where it is random.
 
         Raises:
           InputError: the base is gone, damaged or of another shape.
         """
-        base, abstract = self.backbone.base, self.abstract_params["encoder"]
+        base, abstract = self.backbone.base, self.abstract_params[self._trunk]
         if base["kind"] == "random":
             return None
         if base["kind"] == "pretrained":
-            from pref_jax.weights.huggingface import load_encoder
             from pref_jax.weights.sources import resolve_source
 
-            return load_encoder(resolve_source(base["source"]), abstract)
+            source = resolve_source(base["source"])
+            if self.is_decoder:
+                from pref_jax.weights.llama import load_decoder
+
+                return load_decoder(source, abstract, self.config.model.quantization)
+            from pref_jax.weights.huggingface import load_encoder
+
+            return load_encoder(source, abstract)
         run = load_run(Path(base["source"]))
         if run.experiment.backbone.base.get("kind") == "run" and not run.params:
             raise InputError(base["source"], "it has no parameters", "train it first")
@@ -367,21 +513,22 @@ class Experiment:
             made.chmod(0o755)
             made.rename(folder)
         content = {
-            "encoder": dataclasses.asdict(self.backbone.encoder),
+            "architecture": dataclasses.asdict(self.backbone.architecture),
             "base": self.backbone.base,
             "data": data,
             "parameters": self.count_parameters(),
         }
         if (workdir / _MODEL_FILE).exists():
             before = read_json(workdir / _MODEL_FILE, "remove the workdir and train again")
-            for name, what in (("data", "data"), ("encoder", "weights"), ("base", "weights")):
-                if before.get(name) != content[name]:
+            for name, what in (("data", "data"), ("architecture", "weights"), ("base", "weights")):
+                if _without_place(before.get(name)) != _without_place(content[name]):
                     raise InputError(
                         str(workdir / _MODEL_FILE),
                         f"the run was started with other {what}",
                         f"give the {what} it was started with, or another --workdir",
                     )
-            return
+            if before == json.loads(json.dumps(content)):
+                return
         write_json(workdir / _MODEL_FILE, content)
 
     def count_parameters(self) -> dict[str, int]:
@@ -393,15 +540,33 @@ class Experiment:
         }
 
 
+def _without_place(value: Any) -> Any:
+    """What has to stay the same of an entry of the model file: weights may move, not change."""
+    if isinstance(value, dict) and "digest" in value:
+        value = {name: part for name, part in value.items() if name != "source"}
+    return json.loads(json.dumps(value))
+
+
 def _flatten(tree: Any) -> dict[str, Any]:
     return traverse_util.flatten_dict(tree, sep="/")
 
 
-def _read_model(workdir: Path) -> tuple[EncoderConfig, dict[str, str], dict[str, Any]]:
+def one_tree(variables: Any) -> Any:
+    """Parameters and adapters, two Flax collections, as the one tree that is trained and kept."""
+    tree = dict(variables["params"])
+    return tree | {"lora": variables["lora"]} if "lora" in variables else tree
+
+
+def _read_model(workdir: Path) -> tuple[Architecture, dict[str, str], dict[str, Any]]:
     remedy = "give the --workdir of a run that has started to train"
     content = read_json(workdir / _MODEL_FILE, remedy)
     try:
-        return EncoderConfig(**content["encoder"]), content["base"], content
+        values = content["architecture"]
+        if values["family"] == "llama":
+            architecture = LlamaConfig(**values | {"rope": RopeConfig(**values["rope"])})
+        else:
+            architecture = EncoderConfig(**values)
+        return architecture, content["base"], content
     except (KeyError, TypeError) as error:
         raise InputError(
             str(workdir / _MODEL_FILE), f"is not a model of this project ({error})", remedy
@@ -469,20 +634,25 @@ def read_config(workdir: Path) -> ConfigDict:
     return config
 
 
-def load_run(workdir: Path, *, mesh: dict[str, int] | None = None) -> Run:
+def load_run(
+    workdir: Path, *, mesh: dict[str, int] | None = None, base: str | None = None
+) -> Run:
     """Loads the best checkpoint of a workdir onto this machine's devices.
 
     Args:
       workdir: a run that has been evaluated at least once.
       mesh: sizes of the mesh; all devices on the batch axis when nothing is said.
+      base: where the frozen weights are now, if not where the run found them.
 
     Raises:
       InputError: no run, no evaluated checkpoint, or a base that is gone or has changed.
     """
     config = read_config(workdir)
     config.mesh.update(mesh or {"data": -1, "fsdp": 1, "tensor": 1})
-    encoder, base, _ = _read_model(workdir)
-    experiment = Experiment(config, Backbone(encoder, workdir / _TOKENIZER_FOLDER, base))
+    architecture, origin, _ = _read_model(workdir)
+    if base is not None:
+        origin = {**origin, "source": base}
+    experiment = Experiment(config, Backbone(architecture, workdir / _TOKENIZER_FOLDER, origin))
     checkpoints = Checkpoints(workdir / "checkpoints", keep=1, read_only=True)
     step = checkpoints.best_step()
     if step is None:
@@ -491,11 +661,9 @@ def load_run(workdir: Path, *, mesh: dict[str, int] | None = None) -> Run:
             "it has no evaluated checkpoint yet",
             "train it to its first evaluation: launch/train.py with the same --config",
         )
-    trainable, frozen = experiment.split(experiment.abstract_params)
+    trainable, _ = experiment.split(experiment.abstract_params)
     state, _ = checkpoints.restore(step, {"params": trainable})
-    params = dict(_flatten(state["params"]))
-    if _flatten(frozen):
-        params |= _flatten(load_frozen(experiment))
+    params = _flatten(state["params"]) | _flatten(load_frozen(experiment))
     return Run(
         workdir=workdir,
         experiment=experiment,
@@ -506,17 +674,27 @@ def load_run(workdir: Path, *, mesh: dict[str, int] | None = None) -> Run:
 
 
 def load_frozen(experiment: Experiment) -> Any:
-    """The parameters that a run did not train, from its base.
+    """The parameters that a run did not train, from its base; nothing is read if there are none.
 
     Raises:
-      InputError: the base has changed since.
+      InputError: the base is gone, or has changed since.
     """
+    if not experiment.split(experiment.abstract_params)[1]:
+        return {}
     base = experiment.backbone.base
     if base["kind"] == "pretrained":
         from pref_jax.weights.files import weights_digest
         from pref_jax.weights.sources import resolve_source
 
-        found = weights_digest(resolve_source(base["source"]))
+        try:
+            found = weights_digest(resolve_source(base["source"]))
+        except InputError as error:
+            raise InputError(
+                base["source"],
+                f"the base of this run is not there any more ({error.what})",
+                "bring it back, or name its new place: --base=FOLDER to predict, evaluate and "
+                "export, --config.model.pretrained=FOLDER to train on",
+            ) from error
     elif base["kind"] == "run":
         found = _run_digest(Path(base["source"]))
     else:

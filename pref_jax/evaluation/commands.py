@@ -45,8 +45,10 @@ def score(run: Run, comparisons: Comparisons, *, swap_average: bool = False) -> 
     return (parts[0] + parts[1][:, [1, 0, 2]]) / 2.0 if swap_average else parts[0]
 
 
-def predict(workdir: str, data: str, output: str, *, swap_average: bool) -> None:
-    """Writes the submission for ``data``.
+def predict(
+    workdir: str, data: str, output: str, *, swap_average: bool, base: str | None = None
+) -> None:
+    """Writes the submission for ``data``; ``base`` is where the frozen weights are now.
 
     Raises:
       InputError: anything about workdir, data or output; nothing is written then.
@@ -54,13 +56,17 @@ def predict(workdir: str, data: str, output: str, *, swap_average: bool) -> None
     check_output_file(output, inputs=(data,), outside=workdir)
     compilation.keep_compiled_programs()
     comparisons = read_comparisons(data, labelled=False)
-    probabilities = score(load_run(Path(workdir)), comparisons, swap_average=swap_average)
+    probabilities = score(load_run(Path(workdir), base=base), comparisons, swap_average=swap_average)
     write_submission(Path(output), comparisons.ids, probabilities)
     print(f"{len(comparisons)} rows: {output}")
 
 
-def evaluate(workdir: str, data: str, *, output: str | None, swap_average: bool) -> dict[str, Any]:
+def evaluate(
+    workdir: str, data: str, *, output: str | None, swap_average: bool, base: str | None = None
+) -> dict[str, Any]:
     """Prints a table of the run's results on labelled ``data``; writes JSON where asked.
+
+    Args: as in `predict`.
 
     Raises:
       InputError: anything about workdir, data or output; nothing is written then.
@@ -69,7 +75,7 @@ def evaluate(workdir: str, data: str, *, output: str | None, swap_average: bool)
         check_output_file(output, inputs=(data,), outside=workdir)
     compilation.keep_compiled_programs()
     comparisons = read_comparisons(data, labelled=True)
-    run = load_run(Path(workdir))
+    run = load_run(Path(workdir), base=base)
     # The digits that `predict` writes, ties not yet taken away: what is scored is that file.
     probabilities = round_probabilities(score(run, comparisons, swap_average=swap_average))
     baselines = Baselines.load(run.workdir / "baselines.json")

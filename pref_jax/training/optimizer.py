@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import traverse_util
 
@@ -52,22 +53,24 @@ def make_optimizer(
       weight_decay: decay per unit of learning rate.
       head_ratio: the head's rate over the rate of everything else.
       layer_decay: factor per layer from the top; the embeddings lie below layer 0.
-      num_layers: encoder layers.
+      num_layers: layers of the encoder or decoder.
     """
 
-    def rate(path: str) -> float:
+    def scale(path: str, update: jax.Array) -> jax.Array:
         if path.startswith("head/"):
-            return head_ratio
+            return update if head_ratio == 1.0 else update * head_ratio
+        if layer_decay == 1.0:
+            return update
+        if "/layers/" in path:  # all layers of a decoder in one array, layer 0 first
+            depths = np.arange(num_layers - 1, -1, -1).reshape(-1, *(1,) * (update.ndim - 1))
+            return update * np.asarray(layer_decay**depths, np.float32)
         found = re.search(r"layer_(\d+)/", path)
         depth = num_layers if found is None else num_layers - 1 - int(found[1])
-        return layer_decay**depth
+        return update * layer_decay**depth
 
     def scale_groups(updates: Any, _: Any = None) -> Any:
         flat = traverse_util.flatten_dict(updates, sep="/")
-        scaled = {
-            path: update if (factor := rate(path)) == 1.0 else update * factor
-            for path, update in flat.items()
-        }
+        scaled = {path: scale(path, update) for path, update in flat.items()}
         return traverse_util.unflatten_dict(scaled, sep="/")
 
     return optax.chain(

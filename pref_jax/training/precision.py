@@ -9,10 +9,11 @@ from flax import struct
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """Dtypes of one run. Weights, softmax, norms, head and loss are always float32.
+    """Dtypes of one run. Trained weights, softmax, norms, head and loss are always float32.
 
     Attributes:
-      compute: of activations and of the operands of matrix products.
+      compute: of activations and of the operands of matrix products; the frozen base under
+        adapters is kept in it too.
       loss_scaling: whether gradients would underflow without a loss scale (float16).
     """
 

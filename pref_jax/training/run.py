@@ -64,7 +64,7 @@ class CompiledStep:
             weight_decay=train.weight_decay,
             head_ratio=head_rate / train.learning_rate,
             layer_decay=train.layer_decay,
-            num_layers=experiment.backbone.encoder.num_layers,
+            num_layers=experiment.backbone.architecture.num_layers,
         )
         mesh = experiment.mesh
         scalar = meshes.replicated(mesh)
@@ -200,8 +200,10 @@ def train(config: ConfigDict, workdir: Workdir, started: float) -> dict[str, Any
     # A new folder gets no config of weights that turn out to be broken or of another model, so
     # that the corrected command works in it.
     _ = experiment.tokenizer
-    encoder = None if workdir.config_path.exists() else experiment.load_encoder()
-    workdir.settle_config(config.to_dict(), free=(*FREE_FIELDS, "data.train", "data.valid"))
+    base = None if workdir.config_path.exists() else experiment.load_base()
+    # Data and weights may have moved; their hashes are compared instead.
+    places = ("data.train", "data.valid", "model.pretrained")
+    workdir.settle_config(config.to_dict(), free=(*FREE_FIELDS, *places))
     experiment.write_model(path, {"train": data.train.digest, "valid": data.valid.digest})
     workdir.write_environment(describe_environment(jax.devices()))
     result = workdir.read_result()
@@ -241,14 +243,14 @@ def train(config: ConfigDict, workdir: Workdir, started: float) -> dict[str, Any
         if restored is not None:
             step, state, info = restored
             history = History.read(info)
-            frozen = load_frozen(experiment) if config.model.frozen_layers else {}
+            frozen = load_frozen(experiment)
             logger.info("resumed %s at update %d of %d", path, step, total_steps)
         else:
             step, history = 0, History()
-            trainable, frozen = experiment.split(experiment.initial_params(encoder))
+            trainable, frozen = experiment.split(experiment.initial_params(base))
             state = create_state(trainable, compiled.optimizer, abstract)
             del trainable  # the state has its own copy
-        del encoder
+        del base
         metrics.drop_after(step)
         evaluator = _Evaluator(predictor, data, valid_samples, frozen)
         hours = config.train.max_hours

@@ -44,6 +44,11 @@ def merge_parameters(trainable: Any, frozen: Any) -> Any:
     return traverse_util.unflatten_dict(flat)
 
 
+def is_adapter(path: str) -> bool:
+    """Paths that train beside a frozen base: the adapters and the head."""
+    return path.startswith(("lora/", "head/"))
+
+
 def trainable_above(frozen_layers: int) -> Callable[[str], bool]:
     """Paths outside the first ``frozen_layers`` encoder layers; the embeddings train."""
     frozen = tuple(f"encoder/layer_{layer}/" for layer in range(frozen_layers))

@@ -31,9 +31,15 @@ def apply_model(
     seeds: jax.Array | None,
     words: jax.Array | None = None,
 ) -> jax.Array:
-    """Logits ``[B, R, classes]`` of packed units ``[B, ...]``."""
+    """Logits ``[B, R, classes]`` of packed units ``[B, ...]``.
+
+    Adapters are the entry "lora" of the parameters, and a Flax collection of their own.
+    """
+    variables = {"params": {name: tree for name, tree in params.items() if name != "lora"}}
+    if "lora" in params:
+        variables["lora"] = params["lora"]
     logits: Any = model.apply(  # Flax does not know what a module returns
-        {"params": params},
+        variables,
         packed.input_ids,
         packed.token_types,
         packed.positions,
@@ -55,9 +61,9 @@ def make_gradient(model: nn.Module, seed: int) -> Callable[..., tuple[Any, dict[
     The number of microbatches is data: the gradient is taken inside the loop's body, so the loop
     may have a dynamic bound, and updates of any size run the same program.
 
-    The word table is half of a small encoder, and a microbatch touches few of its rows. So the
-    gradient is taken for the rows looked up and added to the sum in place; a gradient of the whole
-    table, zeros and all, would be written and read back in every microbatch.
+    The word table is half of a small encoder, and a microbatch touches few of its rows. So where
+    the table trains, the gradient is taken for the rows looked up and added to the sum in place; a
+    gradient of the whole table, zeros and all, would be written and read back in every microbatch.
 
     Returns:
       ``gradient(trainable, frozen, update, step, scale) -> (gradients, sums)``: gradients of
@@ -69,10 +75,10 @@ def make_gradient(model: nn.Module, seed: int) -> Callable[..., tuple[Any, dict[
         trainable: Any, frozen: Any, update: Update, step: jax.Array, scale: jax.Array
     ) -> tuple[Any, dict[str, jax.Array]]:
         rest = traverse_util.flatten_dict(trainable)
-        table = rest.pop(_WORDS)
+        table = rest.pop(_WORDS, None)
 
         def loss_of(
-            rest: Any, words: jax.Array, packed: Packed
+            rest: Any, words: jax.Array | None, packed: Packed
         ) -> tuple[jax.Array, dict[str, jax.Array]]:
             seeds = unit_seeds(jnp.uint32(seed), step, packed.unit_ids)
             params = merge_parameters(traverse_util.unflatten_dict(rest), frozen)
@@ -85,21 +91,24 @@ def make_gradient(model: nn.Module, seed: int) -> Callable[..., tuple[Any, dict[
 
         def add_microbatch(number: jax.Array, sums: tuple, packed: Packed) -> tuple:
             micro = _microbatch(packed, number)
-            words = table.at[micro.input_ids].get(mode="clip")
+            words = None if table is None else table.at[micro.input_ids].get(mode="clip")
             (_, values), (gradients, of_words) = jax.value_and_grad(
                 loss_of, argnums=(0, 1), has_aux=True
             )(rest, words, micro)
             sum_of_rest, sum_of_table, sum_of_values = sums
+            if sum_of_table is not None:
+                of_words = of_words.astype(jnp.float32)
+                sum_of_table = sum_of_table.at[micro.input_ids].add(of_words)
             return (
                 jax.tree.map(jnp.add, sum_of_rest, gradients),
-                sum_of_table.at[micro.input_ids].add(of_words.astype(jnp.float32)),
+                sum_of_table,
                 jax.tree.map(jnp.add, sum_of_values, values),
             )
 
         zero = jnp.float32(0.0)
         sums = (
             jax.tree.map(jnp.zeros_like, rest),
-            jnp.zeros_like(table),
+            None if table is None else jnp.zeros_like(table),
             {"loss": zero, "accuracy": zero},
         )
         for bucket, packed in enumerate(update.buckets):
@@ -110,7 +119,9 @@ def make_gradient(model: nn.Module, seed: int) -> Callable[..., tuple[Any, dict[
                 sums,
             )
         gradients, of_table, values = sums
-        return traverse_util.unflatten_dict({**gradients, _WORDS: of_table}), values
+        if of_table is not None:
+            gradients = {**gradients, _WORDS: of_table}
+        return traverse_util.unflatten_dict(gradients), values
 
     return gradient
 
