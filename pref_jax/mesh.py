@@ -21,6 +21,9 @@ RULES: dict[str, str | None] = {
     "embed": "fsdp",  # width of hidden states
     "heads": "tensor",  # query, key and value channels
     "mlp": "tensor",  # width of the feed-forward layer
+    "vocab": None,
+    "lora": None,  # rank of adapters
+    "layers": None,  # a decoder's layers, stacked
     "norm": None,  # scales and biases of layer norms are small
 }
 
@@ -122,6 +125,13 @@ def abstract_parameters(boxed: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(
         place, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)
     )
+
+
+def constrain_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Pins activations ``[B, ...]`` to the batch axes; as they are without a mesh."""
+    if mesh is None or x.shape[0] % batch_shards(mesh):
+        return x
+    return jax.lax.with_sharding_constraint(x, batch_sharding(mesh, 0))
 
 
 def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:

@@ -1,11 +1,13 @@
 """Small rows and models that several tests build their cases from."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
 
 from pref_jax import mesh as meshes
 from pref_jax.data.batches import (
@@ -18,10 +20,11 @@ from pref_jax.data.batches import (
     pack,
     write_unit,
 )
+from pref_jax.experiment import one_tree
 from pref_jax.models.bert import EncoderConfig
 from pref_jax.models.classifiers import PreferenceClassifier
 from pref_jax.training.optimizer import make_optimizer, make_schedule
-from pref_jax.training.state import abstract_state, create_state
+from pref_jax.training.state import abstract_state, create_state, split_parameters
 from pref_jax.training.step import make_train_step
 
 VOCABULARY = 97
@@ -44,7 +47,10 @@ def tiny_config(family: str = "bert", **changes: Any) -> EncoderConfig:
 class Rows:
     """Sequences of given lengths, filled with random token numbers; a `SequenceSource`."""
 
-    def __init__(self, lengths: Sequence[Sequence[int]], seed: int = 0) -> None:
+    def __init__(
+        self, lengths: Sequence[Sequence[int]], seed: int = 0, *, pools_last: bool = False
+    ) -> None:
+        self.pools_last = pools_last
         self.lengths = np.array(lengths, np.int32)
         self.sides = self.lengths.shape[1]
         generator = np.random.default_rng(seed)
@@ -67,12 +73,14 @@ def make_samples(rows: Rows, seed: int = 0) -> Samples:
     return Samples([rows], labels, np.ones(len(labels), bool))
 
 
-def random_rows(count: int, sides: int, longest: int, seed: int = 0) -> Rows:
+def random_rows(
+    count: int, sides: int, longest: int, seed: int = 0, *, pools_last: bool = False
+) -> Rows:
     """Rows with the skewed lengths of real text, a few of them at the limit."""
     generator = np.random.default_rng(seed)
     lengths = np.clip(generator.lognormal(np.log(longest / 4), 0.8, (count, sides)), 3, longest)
     lengths[generator.integers(0, count, max(1, count // 10))] = longest
-    return Rows(lengths.astype(int), seed)
+    return Rows(lengths.astype(int), seed, pools_last=pools_last)
 
 
 def pack_all(samples: Samples, geometry: Geometry) -> Update:
@@ -92,12 +100,17 @@ def pack_all(samples: Samples, geometry: Geometry) -> Update:
     return Update(tuple(buckets), np.array(counts, np.int32), np.float32(len(numbers)))
 
 
-def make_params(model: PreferenceClassifier, sides: int, seed: int = 0, spread: float = 0.1) -> Any:
-    """Random parameters as plain nested numpy arrays; biases and norms are random too."""
+def abstract_tree(model: nn.Module, sides: int, mesh: Mesh) -> Any:
+    """Shapes and shardings of all parameters, adapters among them."""
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     pool = jax.ShapeDtypeStruct((1, 1, sides), jnp.int32)
-    boxed = jax.eval_shape(model.init, jax.random.key(0), *[tokens] * 4, pool)["params"]
-    abstract = meshes.abstract_parameters(boxed, meshes.make_mesh(devices=jax.devices()[:1]))
+    variables = jax.eval_shape(model.init, jax.random.key(0), *[tokens] * 4, pool)
+    return meshes.abstract_parameters(one_tree(variables), mesh)
+
+
+def make_params(model: PreferenceClassifier, sides: int, seed: int = 0, spread: float = 0.1) -> Any:
+    """Random parameters as plain nested numpy arrays; biases and norms are random too."""
+    abstract = abstract_tree(model, sides, meshes.make_mesh(devices=jax.devices()[:1]))
     generator = np.random.default_rng(seed)
 
     def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -127,6 +140,7 @@ class Trainer:
         seed: int = 3,
         weight_decay: float = 0.01,
         loss_scaling: bool = False,
+        is_trainable: Callable[[str], bool] = lambda path: True,
     ) -> None:
         sizes = mesh or (devices, 1, 1)
         self.mesh = meshes.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
@@ -143,12 +157,12 @@ class Trainer:
         )
         schedule = make_schedule("linear", learning_rate, warmup_steps, total_steps)
         self.optimizer = make_optimizer(schedule, weight_decay=weight_decay)
-        tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-        pool = jax.ShapeDtypeStruct((1, 1, samples.sides), jnp.int32)
-        boxed = jax.eval_shape(model.init, jax.random.key(0), *[tokens] * 4, pool)["params"]
-        self.abstract_params = meshes.abstract_parameters(boxed, self.mesh)
+        self.abstract_params = abstract_tree(model, samples.sides, self.mesh)
+        self.is_trainable = is_trainable
+        self.frozen: Any = {}
+        trainable, _ = split_parameters(self.abstract_params, is_trainable)
         self.abstract = abstract_state(
-            self.abstract_params,
+            trainable,
             self.optimizer,
             loss_scaling=loss_scaling,
             scalar_sharding=meshes.replicated(self.mesh),
@@ -169,7 +183,8 @@ class Trainer:
             params,
             self.abstract_params,
         )
-        return create_state(placed, self.optimizer, self.abstract)
+        trainable, self.frozen = split_parameters(placed, self.is_trainable)
+        return create_state(trainable, self.optimizer, self.abstract)
 
     def place(self, update: Update) -> Update:
         from pref_jax.evaluation.predict import place_update
@@ -180,6 +195,8 @@ class Trainer:
         state = self.start(params)
         losses = []
         for number in range(steps):
-            state, metrics = self.step(state, {}, self.place(self.plan.update(number)))
+            state, metrics = self.step(
+                state, self.frozen, self.place(self.plan.update(number))
+            )
             losses.append(float(metrics["loss"]))
         return losses, state

@@ -24,6 +24,7 @@ class SequenceSource(Protocol):
     """What packing needs of `pref_jax.data.features.Features`."""
 
     sides: int
+    pools_last: bool
     lengths: np.ndarray
 
     def sequence(self, sample: int, side: int) -> np.ndarray: ...
@@ -48,6 +49,7 @@ class Samples:
         self._features = tuple(features)
         self.num_rows = len(labels)
         self.sides = self._features[0].sides
+        self.pools_last = self._features[0].pools_last
         self.lengths = np.concatenate([feature.lengths for feature in self._features])
         orders = [labels, np.array([1, 0, 2, -1], labels.dtype)[labels]]
         self.labels = np.concatenate(orders[: len(self._features)])
@@ -148,7 +150,7 @@ class Packed(NamedTuple, Generic[Array]):
 
     Attributes:
       input_ids, token_types, positions, segment_ids: int32 ``[..., T]``. Segment 0 is padding.
-      pool_positions: int32 ``[..., R, S]``, where each row's sequences begin.
+      pool_positions: int32 ``[..., R, S]``, the token that each of a row's sequences is judged by.
       unit_ids: int32 ``[...]``, number of the unit inside the update.
       samples: int32 ``[..., R]``, sample numbers, -1 in empty slots.
       labels: int32 ``[..., R]``.
@@ -208,7 +210,7 @@ def write_unit(
             token_types[start + samples.type_start(sample, side) : stop] = 1
             positions[start:stop] = np.arange(len(ids))
             segment_ids[start:stop] = segment
-            packed.pool_positions[at][slot, side] = start
+            packed.pool_positions[at][slot, side] = stop - 1 if samples.pools_last else start
             start = stop
 
 

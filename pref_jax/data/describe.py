@@ -15,7 +15,7 @@ import pyarrow.compute as compute
 
 from pref_jax.data.arena import LABELS, TIE, Comparisons, iterate_cells, parse_turns
 from pref_jax.data.features import TEXTS, Tokens, make_tokens
-from pref_jax.data.segments import SEGMENTS, Layout, cut, kept_lengths
+from pref_jax.data.segments import SEGMENTS, Form, Layout, cut, kept_lengths
 from pref_jax.data.tokenizers import Tokenizer, load_tokenizer, train_wordpiece
 from pref_jax.errors import InputError
 
@@ -63,6 +63,8 @@ def compare_layouts(first: Layout | None = None) -> list[Layout]:
     """A layout and, at the same length, the others with the paper's shares."""
     if first is None:
         return list(_PAPER)
+    if first.name == "decoder":
+        return [first]  # a decoder's tokenizer has no [CLS] and [SEP]
     others = [
         replace(layout, max_length=first.max_length)
         for layout in _PAPER
@@ -108,6 +110,8 @@ def describe(
     if row is not None and not 1 <= row <= len(comparisons):
         raise InputError("--row", f"there is no row {row}", f"give 1 to {len(comparisons)}")
     tokens = make_tokens(comparisons, tokenizer, progress=progress)
+    forms = [Form(layout, tokenizer) for layout in layouts]
+    layouts = [form.layout for form in forms]
     cuts = {layout.name: _cut(tokens, layout) for layout in layouts}
     if row is None:
         lost = (tokens.lengths > _kept_per_text(tokens.lengths, layouts[0])).any(axis=1)
@@ -122,7 +126,7 @@ def describe(
         "quirks": _quirks(comparisons),
         "tokens": {name: _spread(tokens.lengths[:, column]) for column, name in enumerate(TEXTS)},
         "layouts": cuts,
-        "example": _example(comparisons, tokens, tokenizer, layouts[0], row - 1),
+        "example": _example(comparisons, tokens, tokenizer, forms[0], row - 1),
     }
 
 
@@ -251,9 +255,9 @@ def _share(part: Any, whole: Any) -> float:
 
 
 def _example(
-    comparisons: Comparisons, tokens: Tokens, tokenizer: Tokenizer, layout: Layout, row: int
+    comparisons: Comparisons, tokens: Tokens, tokenizer: Tokenizer, form: Form, row: int
 ) -> dict[str, Any]:
-    segments = tokens[row]
+    segments, layout = tokens[row], form.layout
     sequences = []
     for pick in _picks(layout):
         kept = kept_lengths(tokens.lengths[row : row + 1, pick], layout)[0]
@@ -278,6 +282,7 @@ def _example(
         "row": row + 1,
         "id": comparisons.ids[row],
         "layout": layout.name,
+        "fixed": [tokenizer.decode(piece) for piece in form.fixed],
         "sequences": sequences,
     }
 
@@ -321,13 +326,14 @@ def render(found: dict[str, Any]) -> str:
         f"row {example['row']} (id {_plain(example['id'])}) as {example['layout']} sees it:",
     ]
     for parts in example["sequences"]:
-        lines.append("  [CLS]")
-        for part in parts:
+        fixed = [_shorten(text) for text in example["fixed"]]
+        lines.append(f"  {fixed[0]}")
+        for part, behind in zip(parts, fixed[1:], strict=True):
             lines.append(f"  {part['segment']}: {part['kept']} of {part['tokens']} tokens")
             for mark, text in (("|", part["before"]), ("x", part["cut"]), ("|", part["after"])):
                 if text:
                     lines.append(f"    {mark} {_shorten(text)}")
-            lines.append("  [SEP]")
+            lines.append(f"  {behind}")
     lines.append("  (| is seen, x is cut)")
     return "\n".join(lines)
 

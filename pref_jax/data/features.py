@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pref_jax import cache
-from pref_jax.data.segments import Layout, cut, join, kept_lengths
+from pref_jax.data.segments import Form, Layout, cut, kept_lengths
 from pref_jax.data.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from pref_jax.data.arena import Comparisons
 
-_VERSION = 1  # of everything here, `tokenizers` and `segments` that shapes a cached file
+_VERSION = 2  # of everything here, `tokenizers` and `segments` that shapes a cached file
 _ROWS = 512  # per record batch: a few MB of text
 TEXTS = ("prompt", "response_a", "response_b")
 
@@ -80,6 +80,7 @@ class Features:
       digest: hash of data, tokenizer and layout.
       num_samples: number of samples.
       sides: sequences per sample.
+      pools_last: whether a sequence is judged by its last token, not by its first.
       lengths: int32 [num_samples, sides], tokens of each sequence, special tokens included.
       segment_lengths: int32 [rows, 3], tokens of prompt, response A and response B before cutting.
     """
@@ -90,6 +91,7 @@ class Features:
         batches = _read(path)
         self.digest = digest
         self.sides = layout.sides
+        self.pools_last = layout.pools_last
         self._ids = _Lists(batches, "ids")
         self._type_starts = np.concatenate(
             [np.zeros(0, np.int32), *(batch.column("type_start").to_numpy() for batch in batches)]
@@ -126,12 +128,13 @@ def make_features(
     """
     tokens_key = _tokens_key(comparisons, tokenizer)
     tokens = make_tokens(comparisons, tokenizer, progress=progress)
-    form = {**asdict(layout), "budget": [str(share) for share in layout.budget]}
-    form["special"] = [tokenizer.cls_id, tokenizer.sep_id]
-    key = _hash([tokens_key, {name: str(value) for name, value in form.items()}])
+    form = Form(layout, tokenizer)
+    settings = {**asdict(form.layout), "budget": [str(share) for share in layout.budget]}
+    settings["fixed"] = [piece.tolist() for piece in form.fixed]
+    key = _hash([tokens_key, {name: str(value) for name, value in settings.items()}])
 
     def make(path: Path) -> None:
-        _write(path, _sequences(tokens, tokenizer, layout), _sequence_schema())
+        _write(path, _sequences(tokens, form), _sequence_schema())
 
     return cache.load(
         "features", key, make, lambda path: Features(key, path, layout, tokens.lengths)
@@ -225,11 +228,12 @@ def _encode(
             pool.shutdown(cancel_futures=True)
 
 
-def _sequences(tokens: Tokens, tokenizer: Tokenizer, layout: Layout) -> Iterator[list["pa.Array"]]:
+def _sequences(tokens: Tokens, form: Form) -> Iterator[list["pa.Array"]]:
     import pyarrow as pa
 
+    layout = form.layout
     # Columns of the row's segments that go into each of its sequences.
-    picks = [[0, 1, 2]] if layout.name == "single" else [[0, 1], [0, 2]]
+    picks = [[0, 1, 2]] if layout.sequences_per_row == 1 else [[0, 1], [0, 2]]
     for start in range(0, len(tokens.lengths), _ROWS):
         lengths = tokens.lengths[start : start + _ROWS]
         kept = [kept_lengths(lengths[:, pick], layout) for pick in picks]
@@ -242,7 +246,7 @@ def _sequences(tokens: Tokens, tokenizer: Tokenizer, layout: Layout) -> Iterator
                     cut(segments[column], int(count), layout.truncation)
                     for column, count in zip(pick, keep[row], strict=True)
                 ]
-                ids, type_start = join(parts, tokenizer.cls_id, tokenizer.sep_id)
+                ids, type_start = form.join(parts)
                 sequences.append(ids)
                 type_starts.append(type_start)
         yield [_list_array(sequences), pa.array(type_starts, pa.int32())]

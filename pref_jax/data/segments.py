@@ -1,20 +1,27 @@
 """Token budgets: how much of each segment a model sees (paper, "custom tokenizer")."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pref_jax.config import LONGEST_INPUT
 from pref_jax.errors import InputError
 
-# Segments of one sequence, each followed by a separator; [CLS] stands before the first.
+if TYPE_CHECKING:
+    from pref_jax.data.tokenizers import Tokenizer
+
+# Segments of one sequence. An encoder has [CLS] before the first and [SEP] behind each; a decoder
+# has the pieces of a template before, between and behind them.
 SEGMENTS = {
     "single": ("prompt", "response_a", "response_b"),
     "parallel": ("prompt", "response"),
     "response": ("prompt", "response"),
+    "decoder": ("prompt", "response_a", "response_b"),
 }
 TRUNCATIONS = ("head", "tail", "head_tail")
 
@@ -26,12 +33,16 @@ class Layout:
     Attributes:
       name: "single": one sequence ``[CLS] prompt [SEP] response_a [SEP] response_b [SEP]``;
         "parallel": a pair of sequences ``[CLS] prompt [SEP] response [SEP]``; "response": the
-        same sequence for one response at a time.
+        same sequence for one response at a time; "decoder": one sequence, the three segments in a
+        template.
       max_length: tokens of a sequence, special tokens included.
       budget: share of each segment in the room left after special tokens; it gets
         ``floor(room x share)`` tokens, the share taken as the decimal that was typed.
       reuse_unused: whether room that nobody's share uses goes to the segments that need more.
       truncation: what of a longer segment is kept: "head", "tail" or "head_tail".
+      template: of "decoder": text with {prompt}, {response_a} and {response_b}, each once and in
+        this order, and something behind the last.
+      num_fixed: of "decoder": tokens of begin-of-text and template, once the tokenizer is known.
 
     Raises:
       InputError: the budget cannot be met; names the field of the config.
@@ -42,6 +53,8 @@ class Layout:
     budget: tuple[float, ...]
     reuse_unused: bool = False
     truncation: str = "head"
+    template: str | None = None
+    num_fixed: int = 0
 
     def __post_init__(self) -> None:
         if self.name not in SEGMENTS:
@@ -51,6 +64,8 @@ class Layout:
         if not isinstance(self.reuse_unused, bool | np.bool_):
             _refuse("reuse_unused", self.reuse_unused, "use true or false")
         object.__setattr__(self, "budget", tuple(self.budget))
+        if self.name == "decoder":
+            split_template(self.template)
         names = SEGMENTS[self.name]
         if len(self.budget) != len(names):
             _refuse("budget", self.budget, f"give one share each for {', '.join(names)}")
@@ -83,11 +98,18 @@ class Layout:
     @property
     def sequences_per_row(self) -> int:
         """Sequences per comparison: in "response" each of its two responses is a sample."""
-        return 1 if self.name == "single" else 2
+        return 1 if self.name in ("single", "decoder") else 2
+
+    @property
+    def pools_last(self) -> bool:
+        """Whether a sequence is judged by its last token; else by its first."""
+        return self.name == "decoder"
 
     @property
     def num_special(self) -> int:
-        """Special tokens per sequence."""
+        """Tokens per sequence that are not the user's text."""
+        if self.name == "decoder":
+            return self.num_fixed
         return 1 + len(SEGMENTS[self.name])
 
     @property
@@ -159,14 +181,60 @@ def cut(ids: np.ndarray, kept: int, truncation: str) -> np.ndarray:
     return np.concatenate([ids[:first], ids[len(ids) - (kept - first) :]])
 
 
-def join(segments: Sequence[np.ndarray], cls_id: int, sep_id: int) -> tuple[np.ndarray, int]:
-    """One sequence of segments that are cut already.
+def split_template(template: str | None) -> list[str]:
+    """The four pieces of text around the segments of a decoder.
 
-    Returns:
-      Its ids (int32) and the index where token type 1 starts: behind the prompt's separator.
+    Raises:
+      InputError: a placeholder is missing, twice or out of order, or nothing closes the template.
     """
-    separator = np.array([sep_id], np.int32)
-    parts = [np.array([cls_id], np.int32)]
-    for segment in segments:
-        parts += [segment.astype(np.int32, copy=False), separator]
-    return np.concatenate(parts), len(segments[0]) + 2
+    where = "--config.input.template"
+    pieces, rest = [], template or ""
+    for name in SEGMENTS["decoder"]:
+        placeholder = "{" + name + "}"
+        if rest.count(placeholder) != 1:
+            raise InputError(
+                where,
+                f"{placeholder} has to be there once, behind what comes before it",
+                "give a text with {prompt}, {response_a} and {response_b} in this order",
+            )
+        before, rest = rest.split(placeholder)
+        pieces.append(before)
+    if not rest.strip():
+        raise InputError(
+            where,
+            "it ends with {response_b}",
+            "add a closing line that asks for the verdict: its last token is read",
+        )
+    return [*pieces, rest]
+
+
+class Form:
+    """How the segments of one sequence, cut already, are put together.
+
+    Attributes:
+      layout: the layout, with the number of tokens that are not the user's.
+      fixed: the ids around the segments, int32, one array more than there are segments.
+    """
+
+    def __init__(self, layout: Layout, tokenizer: "Tokenizer") -> None:
+        """Raises: InputError: the template leaves no room."""
+        if layout.name == "decoder":
+            # Each piece by itself, so that no text of a user can merge with it.
+            pieces = tokenizer.encode(split_template(layout.template))
+            if tokenizer.bos_id is not None:
+                pieces[0] = np.concatenate([np.array([tokenizer.bos_id], np.int32), pieces[0]])
+            self.layout = dataclasses.replace(layout, num_fixed=sum(map(len, pieces)))
+            self.fixed = pieces
+        else:
+            separator = np.array([tokenizer.sep_id], np.int32)
+            self.layout = layout
+            start = np.array([tokenizer.cls_id], np.int32)
+            self.fixed = [start, *[separator] * len(SEGMENTS[layout.name])]
+
+    def join(self, segments: Sequence[np.ndarray]) -> tuple[np.ndarray, int]:
+        """One sequence: its ids (int32), and where token type 1 starts: behind the prompt's
+        separator."""
+        parts = [self.fixed[0]]
+        for segment, piece in zip(segments, self.fixed[1:], strict=True):
+            parts += [segment.astype(np.int32, copy=False), piece]
+        return np.concatenate(parts), sum(map(len, parts[:3]))

@@ -40,7 +40,8 @@ class Tokenizer(Protocol):
 
     Attributes:
       vocab_size: largest id + 1: the least number of rows of a word embedding table.
-      cls_id, sep_id, pad_id: special tokens, which `encode` never adds and never makes.
+      cls_id, sep_id, pad_id: an encoder's special tokens, which `encode` never adds and never makes.
+      bos_id: a decoder's begin-of-text, the same; None where it has none.
       digest: hash of the vocabulary and the normalisation, the same for every implementation.
     """
 
@@ -48,6 +49,7 @@ class Tokenizer(Protocol):
     cls_id: int
     sep_id: int
     pad_id: int
+    bos_id: int | None
     digest: str
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -84,14 +86,14 @@ class WordPiece:
 
 
 def load_tokenizer(folder: Path, implementation: str = "auto") -> Tokenizer:
-    """The tokenizer of a Hugging Face folder of the BERT family.
+    """The tokenizer of a Hugging Face folder: BERT's WordPiece, or a decoder's byte pairs.
 
     Args:
       folder: holds `tokenizer.json` or `vocab.txt`, and `tokenizer_config.json` where needed.
-      implementation: "tensorflow_text", "tokenizers" or "auto".
+      implementation: "tensorflow_text" (WordPiece only), "tokenizers" or "auto".
 
     Raises:
-      InputError: files are missing, damaged, or describe something else than BERT's WordPiece.
+      InputError: files are missing, damaged, or describe another kind of tokenizer.
     """
     if implementation not in IMPLEMENTATIONS:
         raise InputError(
@@ -99,6 +101,16 @@ def load_tokenizer(folder: Path, implementation: str = "auto") -> Tokenizer:
             f"no implementation is called {implementation!r}",
             f"use one of {', '.join(IMPLEMENTATIONS)}",
         )
+    from pref_jax.data.decoder_tokenizers import DecoderTokenizer, is_decoder_folder
+
+    if is_decoder_folder(Path(folder)):
+        if implementation == "tensorflow_text":
+            raise InputError(
+                "--config.input.tokenizer",
+                "tensorflow_text is for WordPiece, and this is a decoder's tokenizer",
+                "leave it at auto",
+            )
+        return DecoderTokenizer(Path(folder))
     wordpiece = read_wordpiece(Path(folder))
     if implementation == "tensorflow_text":
         return TensorFlowTextTokenizer(wordpiece)
@@ -212,6 +224,8 @@ def _are_ids(values: list[Any]) -> bool:
 
 
 class _Base:
+    bos_id = None
+
     def __init__(self, wordpiece: WordPiece) -> None:
         self.vocab_size = max(wordpiece.vocab.values()) + 1
         self.cls_id = wordpiece.special_ids["cls"]

@@ -41,7 +41,9 @@ def unit_seeds(seed: jax.Array, step: jax.Array, unit_ids: jax.Array) -> jax.Arr
     return jnp.stack([first, mix(first + _GOLDEN, base)], axis=-1)
 
 
-def dropout(x: jax.Array, rate: float, seeds: jax.Array | None, site: int) -> jax.Array:
+def dropout(
+    x: jax.Array, rate: float, seeds: jax.Array | None, site: jax.Array | int
+) -> jax.Array:
     """Zeroes elements with probability ``rate`` and scales the others by ``1 / (1 - rate)``.
 
     Args:
@@ -60,9 +62,11 @@ def dropout(x: jax.Array, rate: float, seeds: jax.Array | None, site: int) -> ja
     return jnp.where(keep, x * jnp.asarray(1.0 / (1.0 - rate), x.dtype), jnp.zeros((), x.dtype))
 
 
-def site_seeds(seeds: jax.Array, site: int) -> jax.Array:
-    """Seeds ``[B, 2]`` of one dropout site, from those of the units."""
-    return mix(seeds + np.uint32((site + 1) * int(_GOLDEN) & 0xFFFFFFFF))
+def site_seeds(seeds: jax.Array, site: jax.Array | int) -> jax.Array:
+    """Seeds ``[B, 2]`` of one dropout site (traced in a scan over layers), from the units'."""
+    if isinstance(site, int):
+        return mix(seeds + np.uint32((site + 1) * int(_GOLDEN) & 0xFFFFFFFF))
+    return mix(seeds + (site.astype(jnp.uint32) + 1) * _GOLDEN)
 
 
 def keep_elements(index: jax.Array, first: jax.Array, second: jax.Array, rate: float) -> jax.Array:

@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pref_jax.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -93,10 +96,11 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
-def weights_digest(folder: Path) -> str:
-    """SHA-256 over the weight files (not the config), as hexadecimal text."""
+def weights_digest(source: Path) -> str:
+    """SHA-256 over the weight files of a folder (not its config) or over one file, as hexadecimal
+    text."""
     total = hashlib.sha256()
-    for path in weight_files(folder):
+    for path in [source] if source.is_file() else weight_files(source):
         try:
             with path.open("rb") as file:
                 total.update(hashlib.file_digest(file, "sha256").digest())
@@ -105,6 +109,40 @@ def weights_digest(folder: Path) -> str:
                 str(path), f"it cannot be read ({error.strerror})", "check the file"
             ) from None
     return total.hexdigest()
+
+
+class Slices:
+    """Parts of one tensor in a safetensors file, each read into memory of its own.
+
+    The file is mapped for the moment of reading only: pages that stay mapped count as memory of the
+    process, and a large model read through them would seem to be there twice.
+    """
+
+    def __init__(self, path: Path, offset: int, shape: tuple[int, ...], dtype: str) -> None:
+        self._path, self._offset, self._shape, self._dtype = path, offset, shape, dtype
+
+    def __getitem__(self, index: tuple[slice, ...]) -> "np.ndarray":
+        import ml_dtypes
+        import numpy as np
+
+        names = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": ml_dtypes.bfloat16}
+        mapped = np.memmap(
+            self._path, np.dtype(names[self._dtype]), "r", self._offset, self._shape or (1,)
+        )
+        return np.array(mapped[index] if self._shape else mapped[0])
+
+
+def _read_offsets(path: Path) -> dict[str, int]:
+    """Where each tensor of a safetensors file begins; the file has been checked already."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    start = 8 + size
+    return {
+        key: start + entry["data_offsets"][0]
+        for key, entry in header.items()
+        if key != "__metadata__"
+    }
 
 
 @contextmanager
@@ -129,6 +167,7 @@ def open_tensors(folder: Path) -> Iterator[dict[str, Tensor]]:
                     f"not a whole safetensors file ({error})",
                     "it was probably cut while being copied: fetch it again",
                 ) from None
+            offsets = _read_offsets(path)
             for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
                 if index is not None and index.get(key) != path.name:
                     says = (
@@ -138,9 +177,9 @@ def open_tensors(folder: Path) -> Iterator[dict[str, Tensor]]:
                     )
                     raise InputError(str(path), f"tensor {key} is here, but {says}", _FETCH)
                 part = file.get_slice(key)
-                tensors[key] = Tensor(
-                    key, path, tuple(part.get_shape()), str(part.get_dtype()), part
-                )
+                shape, dtype = tuple(part.get_shape()), str(part.get_dtype())
+                slices = Slices(path, offsets[key], shape, dtype)
+                tensors[key] = Tensor(key, path, shape, dtype, slices)
         for key, name in (index or {}).items():
             if key not in tensors:
                 raise InputError(

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     import numpy as np
 
     from pref_jax.models.bert import EncoderConfig
+    from pref_jax.models.llama import LlamaConfig
 
 __all__ = ["load_encoder", "read_encoder_config", "resolve_source", "weights_digest"]
 
-FAMILIES = ("bert", "distilbert")
+FAMILIES = ("bert", "distilbert", "llama")
 
 # Field of EncoderConfig: (name in config.json, what transformers takes where it is absent).
 _FIELDS: dict[str, dict[str, tuple[str, Any]]] = {
@@ -68,7 +69,8 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_new",
     "relu": "relu",
 }
-_FLOATS = ("F64", "F32", "F16", "BF16")
+# Types of weights that can be loaded, and what they are read as.
+FLOATS = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def read_model_type(folder: Path, family: str | None = None) -> str:
@@ -102,6 +104,33 @@ def read_model_type(folder: Path, family: str | None = None) -> str:
             f"encoders of these types can be loaded: {', '.join(FAMILIES)}",
         )
     return model_type
+
+
+def read_architecture(source: Path, family: str | None = None) -> "EncoderConfig | LlamaConfig":
+    """Architecture of a Hugging Face folder or a GGUF file, whatever its family.
+
+    Args:
+      source: the folder or file.
+      family: what it has to be, where the user said so.
+
+    Raises:
+      InputError: another family, or an option that the models here do not have.
+    """
+    if source.is_file():
+        from pref_jax.weights.gguf import read_gguf_config
+
+        if family not in (None, "llama"):
+            raise InputError(
+                "--config.model.family",
+                f"{family!r} cannot be read from a GGUF file",
+                "leave it away, or name a Hugging Face folder",
+            )
+        return read_gguf_config(source)
+    if read_model_type(source, family) == "llama":
+        from pref_jax.weights.llama import read_llama_config
+
+        return read_llama_config(source)
+    return read_encoder_config(source, family)
 
 
 def read_encoder_config(folder: Path, family: str | None = None) -> "EncoderConfig":
@@ -234,11 +263,11 @@ def _match(
                 f"{list(shape[::-1] if transposed else shape)}",
                 "config.json and the weights are of different models: fetch the folder again",
             )
-        if tensor.dtype not in _FLOATS:
+        if tensor.dtype not in FLOATS:
             raise InputError(
                 str(tensor.file),
                 f"tensor {tensor.key} is of type {tensor.dtype}",
-                f"weights of these types can be loaded: {', '.join(_FLOATS)}",
+                f"weights of these types can be loaded: {', '.join(FLOATS)}",
             )
         found[path] = tensor
     missing = [names.entry_of(path, family).key for path in wanted if path not in found]
@@ -259,13 +288,20 @@ def _load(tensor: Tensor, leaf: "jax.ShapeDtypeStruct", transposed: bool) -> "ja
 
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.make_array_from_callback(
-        leaf.shape, sharding, _reader(tensor, leaf.dtype, transposed)
+        leaf.shape, sharding, make_reader(tensor, leaf.dtype, transposed)
     )
 
 
-def _reader(
+def make_reader(
     tensor: Tensor, dtype: Any, transposed: bool
 ) -> Callable[[tuple[slice, ...] | None], "np.ndarray"]:
+    """The callback of `jax.make_array_from_callback` that reads one tensor.
+
+    Args:
+      tensor: where it lies.
+      dtype: that of the array.
+      transposed: whether the file holds [out, in] where the array is [in, out].
+    """
     import numpy as np
 
     def read(index: tuple[slice, ...] | None) -> np.ndarray:

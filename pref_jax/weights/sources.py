@@ -27,10 +27,10 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
 def resolve_source(pretrained: str) -> Path:
-    """The local folder that `pretrained` names.
+    """The local folder, or ``.gguf`` file, that `pretrained` names.
 
     Args:
-      pretrained: a folder; ``package:NAME/PATH`` inside an installed Python package, which is not
+      pretrained: a folder or a ``.gguf`` file; ``package:NAME/PATH`` inside an installed Python package, which is not
         imported; or the name of a repository on the Hugging Face hub, fetched into its cache
         where there is a network and taken from there where there is none.
 
@@ -44,6 +44,8 @@ def resolve_source(pretrained: str) -> Path:
     # os.path answers False where Path raises: names too long, null bytes, unknown users
     folder = os.path.expanduser(pretrained)
     if os.path.isdir(folder):
+        return Path(folder)
+    if os.path.isfile(folder) and folder.endswith(".gguf"):
         return Path(folder)
     if os.path.isfile(folder):
         raise InputError(
@@ -85,10 +87,13 @@ def _packaged_folder(pretrained: str) -> Path:
         )
         raise InputError(where, f"the package {name} is not installed", remedy)
     for root in spec.submodule_search_locations or ():
-        if (folder := Path(root, path)).is_dir():
-            return folder
+        found = Path(root, path)
+        if found.is_dir() or (found.is_file() and found.suffix == ".gguf"):
+            return found
     raise InputError(
-        where, f"the package {name} has no folder {inside or '.'!r}", "look at its files"
+        where,
+        f"the package {name} has no folder or .gguf file {inside or '.'!r}",
+        "look at its files",
     )
 
 

@@ -14,7 +14,7 @@ from pref_jax import cache
 from pref_jax.data import features
 from pref_jax.data.arena import read_comparisons
 from pref_jax.data.features import make_features, make_tokens
-from pref_jax.data.segments import Layout, cut, join, kept_lengths
+from pref_jax.data.segments import Form, Layout, cut, kept_lengths
 from pref_jax.data.tokenizers import load_tokenizer
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(50)), "."]
@@ -73,7 +73,7 @@ def test_every_sequence_is_the_slow_obvious_one(data, layout):
                 cut(segment, int(count), layout.truncation)
                 for segment, count in zip(segments, kept, strict=True)
             ]
-            ids, type_start = join(parts, tokenizer.cls_id, tokenizer.sep_id)
+            ids, type_start = Form(layout, tokenizer).join(parts)
             place = (2 * index + number, 0) if layout.name == "response" else (index, number)
             assert found.sequence(*place).tolist() == ids.tolist()
             assert found.type_start(*place) == type_start

@@ -1,3 +1,4 @@
+import types
 from fractions import Fraction
 
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pref_jax.data.segments import SEGMENTS, TRUNCATIONS, Layout, cut, join, kept_lengths
+from pref_jax.data.segments import SEGMENTS, TRUNCATIONS, Form, Layout, cut, kept_lengths
 from pref_jax.errors import InputError
 
 SINGLE = (0.1, 0.45, 0.45)
@@ -100,11 +101,14 @@ def test_cut_keeps_the_named_part(truncation, kept):
 
 
 def test_join_puts_separators_and_types():
-    ids, type_start = join([np.array([5, 6]), np.array([7]), np.array([], int)], 101, 102)
+    tokenizer = types.SimpleNamespace(cls_id=101, sep_id=102)
+    form = Form(Layout("single", 512, SINGLE), tokenizer)
+    ids, type_start = form.join([np.array([5, 6]), np.array([7]), np.array([], int)])
     assert ids.tolist() == [101, 5, 6, 102, 7, 102, 102]
     assert ids.dtype == np.int32
     assert type_start == 4
-    ids, type_start = join([np.array([], int), np.array([7])], 101, 102)
+    form = Form(Layout("parallel", 512, PARALLEL), tokenizer)
+    ids, type_start = form.join([np.array([], int), np.array([7])])
     assert (ids.tolist(), type_start) == ([101, 102, 7, 102], 2)
 
 

@@ -1,0 +1,283 @@
+"""LLaMA models in one `.gguf` file (llama.cpp): architecture, weights and tokenizer.
+
+Tensors appear under today's Hugging Face names and in Hugging Face's order of channels, dequantised
+to float32 one at a time.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pref_jax import cache
+from pref_jax.errors import InputError
+from pref_jax.files import write_json
+from pref_jax.weights.files import Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from pref_jax.models.llama import LlamaConfig
+
+_FETCH = "fetch the file again"
+_WHOLE = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_OF_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_ROPE = "rope_freqs.weight"
+_CONTROL = 3  # llama.cpp's token type of special tokens
+
+# How text is cut into words before pairs are merged, by the name that llama.cpp gives it. These
+# expressions are part of the published tokenizers.
+_LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_PRETOKENIZERS: dict[str, list[dict[str, Any]]] = {
+    "gpt-2": [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}],
+    "smollm": [
+        {"type": "Digits", "individual_digits": True},
+        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+    ],
+    "llama-bpe": [
+        {
+            "type": "Split",
+            "pattern": {"Regex": _LLAMA3_WORDS},
+            "behavior": "Isolated",
+            "invert": False,
+        },
+        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+    ],
+}
+_WHOLE_WORDS = ("llama-bpe",)  # take a word that is in the vocabulary before merging pairs
+
+
+def _read(path: Path) -> Any:
+    """A `gguf.GGUFReader` of a whole file.
+
+    Raises:
+      InputError: it is no GGUF file, or cut.
+    """
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(path)
+        end = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)
+        if not reader.tensors or end > path.stat().st_size:
+            raise ValueError("it ends before its last tensor")
+    except OSError as error:
+        raise InputError(str(path), f"it cannot be read ({error.strerror})", "check it") from None
+    except Exception as error:  # whatever the library meets in damaged bytes
+        raise InputError(str(path), f"no whole GGUF file ({error})", _FETCH) from None
+    return reader
+
+
+def _field(path: Path, reader: Any, name: str, default: Any = None) -> Any:
+    field = reader.fields.get(name)
+    if field is None:
+        if default is None:
+            raise InputError(str(path), f"its field {name} is missing", _FETCH)
+        return default
+    return field.contents()
+
+
+def read_gguf_config(path: Path) -> "LlamaConfig":
+    """Architecture of a GGUF file.
+
+    Raises:
+      InputError: another architecture, a missing field, or a scaling of positions that the file
+        holds only as numbers and that is not LLaMA 3.1's.
+    """
+    import numpy as np
+
+    from pref_jax.models.llama import LlamaConfig
+    from pref_jax.models.rope import RopeConfig, inverse_frequencies
+
+    reader = _read(path)
+    family = _field(path, reader, "general.architecture")
+    if family != "llama":
+        raise InputError(str(path), f"its architecture is {family!r}", "llama can be loaded")
+
+    def number(name: str, default: Any = None) -> Any:
+        return _field(path, reader, f"llama.{name}", default)
+
+    width, heads = int(number("embedding_length")), int(number("attention.head_count"))
+    positions = int(number("context_length"))
+    head_dim = int(number("rope.dimension_count", width // heads))
+    kind = str(number("rope.scaling.type", "none"))
+    rope = RopeConfig(theta=float(number("rope.freq_base", 10_000.0)))
+    if kind == "linear":
+        rope = RopeConfig(rope.theta, "linear", float(number("rope.scaling.factor")), positions)
+    elif kind != "none":
+        raise InputError(
+            str(path), f"its rope scaling is {kind!r}", "use the model's safetensors instead"
+        )
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    if _ROPE in tensors:
+        stretched = RopeConfig(rope.theta, "llama3", 8.0, 8192)
+        factors = np.asarray(tensors[_ROPE].data, np.float32)
+        plain = inverse_frequencies(rope, head_dim)
+        if not np.allclose(plain / factors, inverse_frequencies(stretched, head_dim), rtol=1e-4):
+            raise InputError(
+                str(path),
+                "it stretches positions by numbers that are not LLaMA 3.1's",
+                "use the model's safetensors instead",
+            )
+        rope = stretched
+    if "token_embd.weight" not in tensors:
+        raise InputError(str(path), "tensor token_embd.weight is missing", _FETCH)
+    return LlamaConfig(
+        family="llama",
+        vocab_size=int(tensors["token_embd.weight"].shape[1]),
+        hidden_size=width,
+        num_layers=int(number("block_count")),
+        num_heads=heads,
+        num_kv_heads=int(number("attention.head_count_kv", heads)),
+        head_dim=head_dim,
+        intermediate_size=int(number("feed_forward_length")),
+        max_positions=positions,
+        norm_epsilon=float(number("attention.layer_norm_rms_epsilon")),
+        rope=rope,
+    )
+
+
+class _Slices:
+    """Parts of one tensor, dequantised as a whole for the moment of reading."""
+
+    def __init__(self, tensor: Any, heads: int | None) -> None:
+        self._tensor, self._heads = tensor, heads
+
+    def __getitem__(self, index: tuple[slice, ...]) -> "np.ndarray":
+        import gguf
+        import numpy as np
+
+        values = gguf.dequantize(self._tensor.data, self._tensor.tensor_type)
+        values = np.asarray(values, np.float32).reshape(self._tensor.shape[::-1])
+        if self._heads is not None:
+            # llama.cpp turns neighbouring channels, transformers channels half a head apart, so
+            # the rows of queries and keys are stored in another order.
+            rows, columns = values.shape
+            pairs = values.reshape(self._heads, rows // self._heads // 2, 2, columns)
+            values = pairs.swapaxes(1, 2).reshape(rows, columns)
+        return np.array(values[index])
+
+
+@contextmanager
+def open_gguf(path: Path) -> Iterator[dict[str, Tensor]]:
+    """All tensors of a GGUF file, by today's Hugging Face keys.
+
+    Raises:
+      InputError: the file is damaged, or holds a tensor that no LLaMA has.
+    """
+    config = read_gguf_config(path)
+    found: dict[str, Tensor] = {}
+    for tensor in _read(path).tensors:
+        if tensor.name == _ROPE:
+            continue  # read with the configuration
+        key = _WHOLE.get(tensor.name) or _key_of_layer(path, tensor.name)
+        heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
+        permuted = next((n for name, n in heads.items() if f".{name}." in key), None)
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        found[key] = Tensor(tensor.name, path, shape, "F32", _Slices(tensor, permuted))
+    yield found
+
+
+def _key_of_layer(path: Path, name: str) -> str:
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
+    if match is None or match[2] not in _OF_LAYER:
+        raise InputError(
+            str(path), f"tensor {name} is no part of a llama", "use the model's safetensors instead"
+        )
+    return f"model.layers.{match[1]}.{_OF_LAYER[match[2]]}.weight"
+
+
+def tokenizer_folder(path: Path) -> Path:
+    """A folder, in the cache, with the file's tokenizer in Hugging Face's form.
+
+    Raises:
+      InputError: it is no byte-pair tokenizer, or one whose way of cutting words is not known.
+    """
+    reader = _read(path)
+    kind = _field(path, reader, "tokenizer.ggml.model")
+    if kind != "gpt2":
+        raise InputError(
+            str(path),
+            f"its tokenizer is of the kind {kind!r}, not byte pairs",
+            "use a Hugging Face folder of the model, with tokenizer.json",
+        )
+    cutting = str(_field(path, reader, "tokenizer.ggml.pre", "?"))
+    if cutting not in _PRETOKENIZERS:
+        raise InputError(
+            str(path),
+            "it does not say how its tokenizer cuts words"
+            if cutting == "?"
+            else f"its tokenizer cuts words by {cutting!r}, which is not known here",
+            f"use the model's Hugging Face folder; known: {', '.join(_PRETOKENIZERS)}",
+        )
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        tokens = _field(path, reader, "tokenizer.ggml.tokens")
+        types = _field(path, reader, "tokenizer.ggml.token_type", [1] * len(tokens))
+        merges = _field(path, reader, "tokenizer.ggml.merges")
+        special = [number for number, kind in enumerate(types) if int(kind) == _CONTROL]
+        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        content = {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [
+                {"id": number, "content": tokens[number], **plain, "special": True}
+                for number in special
+            ],
+            "normalizer": None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": _PRETOKENIZERS[cutting]},
+            "post_processor": None,
+            "decoder": {
+                "type": "ByteLevel",
+                "add_prefix_space": True,
+                "trim_offsets": True,
+                "use_regex": True,
+            },
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": None,
+                "continuing_subword_prefix": None,
+                "end_of_word_suffix": None,
+                "fuse_unk": False,
+                "byte_fallback": False,
+                "ignore_merges": cutting in _WHOLE_WORDS,
+                "vocab": {token: number for number, token in enumerate(tokens)},
+                "merges": [merge.split(" ", 1) for merge in merges],
+            },
+        }
+        # Pre-tokenizers of the library's form have all their fields.
+        for part in content["pre_tokenizer"]["pretokenizers"]:
+            if part["type"] == "ByteLevel":
+                part.setdefault("trim_offsets", True)
+        write_json(folder / "tokenizer.json", content)
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        for name in ("bos", "eos"):
+            number = reader.fields.get(f"tokenizer.ggml.{name}_token_id")
+            if number is not None:
+                settings[f"{name}_token"] = tokens[int(number.contents())]
+        write_json(folder / "tokenizer_config.json", settings)
+
+    return cache.entry("vocabularies", f"gguf-1-{digest}", make)
