@@ -484,11 +484,13 @@ class Experiment:
         """The compiled forward pass."""
         from pref_jax.evaluation.predict import Predictor
 
+        # Nothing is kept for a backward pass, and a file has units enough to fill larger products.
+        least = 2048 // self.layout.max_length
         return Predictor(
             self.model,
             self.mesh,
             self.geometry,
-            microbatch_size=self.microbatch_size,
+            microbatch_size=max(self.microbatch_size, least),
             abstract_params=self.abstract_params,
         )
 
