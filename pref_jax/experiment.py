@@ -261,8 +261,8 @@ class Experiment:
         if heads % tensor:
             raise InputError(
                 "--config.mesh.tensor",
-                f"{tensor} does not divide {heads} {'key/value' if self.is_decoder else 'attention'} "
-                "heads",
+                f"{tensor} does not divide {heads} "
+                f"{'key/value' if self.is_decoder else 'attention'} heads",
                 "choose a divisor",
             )
         device = self.mesh.devices.flat[0]
@@ -636,9 +636,7 @@ def read_config(workdir: Path) -> ConfigDict:
     return config
 
 
-def load_run(
-    workdir: Path, *, mesh: dict[str, int] | None = None, base: str | None = None
-) -> Run:
+def load_run(workdir: Path, *, mesh: dict[str, int] | None = None, base: str | None = None) -> Run:
     """Loads the best checkpoint of a workdir onto this machine's devices.
 
     Args:

@@ -195,8 +195,6 @@ class Trainer:
         state = self.start(params)
         losses = []
         for number in range(steps):
-            state, metrics = self.step(
-                state, self.frozen, self.place(self.plan.update(number))
-            )
+            state, metrics = self.step(state, self.frozen, self.place(self.plan.update(number)))
             losses.append(float(metrics["loss"]))
         return losses, state

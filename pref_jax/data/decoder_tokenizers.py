@@ -23,7 +23,7 @@ _BEGIN, _END = "<|begin|>", "<|end|>"
 
 
 def is_decoder_folder(folder: Path) -> bool:
-    """Whether a folder's tokenizer is one of a decoder: byte-pair encoding or no WordPiece at all."""
+    """Whether a folder's tokenizer is a decoder's: byte pairs, or no WordPiece at all."""
     path = folder / "tokenizer.json"
     if path.is_file():
         model = read_json(path, "fetch the file anew").get("model")
@@ -94,7 +94,8 @@ def _build(path: Path, content: dict[str, Any]) -> "Backend":
     try:
         return Tokenizer.from_str(json.dumps(content))
     except Exception as error:  # the library raises nothing more special
-        raise InputError(str(path), f"it cannot be used ({error})", "fetch the file anew") from error
+        remedy = "fetch the file anew"
+        raise InputError(str(path), f"it cannot be used ({error})", remedy) from error
 
 
 def _without_special(model: dict[str, Any], special: dict[str, int]) -> dict[str, int]:

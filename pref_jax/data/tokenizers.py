@@ -40,7 +40,7 @@ class Tokenizer(Protocol):
 
     Attributes:
       vocab_size: largest id + 1: the least number of rows of a word embedding table.
-      cls_id, sep_id, pad_id: an encoder's special tokens, which `encode` never adds and never makes.
+      cls_id, sep_id, pad_id: an encoder's special tokens; `encode` never adds or makes them.
       bos_id: a decoder's begin-of-text, the same; None where it has none.
       digest: hash of the vocabulary and the normalisation, the same for every implementation.
     """

@@ -56,7 +56,8 @@ def predict(
     check_output_file(output, inputs=(data,), outside=workdir)
     compilation.keep_compiled_programs()
     comparisons = read_comparisons(data, labelled=False)
-    probabilities = score(load_run(Path(workdir), base=base), comparisons, swap_average=swap_average)
+    run = load_run(Path(workdir), base=base)
+    probabilities = score(run, comparisons, swap_average=swap_average)
     write_submission(Path(output), comparisons.ids, probabilities)
     print(f"{len(comparisons)} rows: {output}")
 

@@ -1,6 +1,7 @@
 """Attention of decoders: each token sees itself and what stands before it in its own segment."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -124,15 +125,13 @@ def _attend_splash(
     width, tokens = query_BxTxNxH.shape[-1], query_BxTxNxH.shape[1]
     per_group = query_BxTxNxH.shape[2] // key_BxTxKxH.shape[2]
     block = math.gcd(tokens, _LONGEST_BLOCK)
-    sizes = kernels.BlockSizes(
-        *(block, block, block), *(block, block, block), *(block, block)
-    )
+    sizes = kernels.BlockSizes(*(block, block, block), *(block, block, block), *(block, block))
     kernel = kernels.make_splash_mqa_single_device(
         mask=masks.MultiHeadMask([masks.CausalMask((tokens, tokens))] * per_group),
         block_sizes=sizes,
     )
 
-    def on_each(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
+    def on_each(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> Any:
         units, _, heads, _ = query.shape
         groups = key.shape[2]
         query_BxKxGxTxH = (

@@ -41,9 +41,7 @@ def unit_seeds(seed: jax.Array, step: jax.Array, unit_ids: jax.Array) -> jax.Arr
     return jnp.stack([first, mix(first + _GOLDEN, base)], axis=-1)
 
 
-def dropout(
-    x: jax.Array, rate: float, seeds: jax.Array | None, site: jax.Array | int
-) -> jax.Array:
+def dropout(x: jax.Array, rate: float, seeds: jax.Array | None, site: jax.Array | int) -> jax.Array:
     """Zeroes elements with probability ``rate`` and scales the others by ``1 / (1 - rate)``.
 
     Args:

@@ -52,7 +52,7 @@ class LlamaConfig:
     intermediate_size: int
     max_positions: int
     norm_epsilon: float = 1e-5
-    rope: RopeConfig = RopeConfig()
+    rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
 
 
 class RMSNorm(nn.Module):

@@ -1,4 +1,4 @@
-"""Linear layers with a frozen kernel and, beside it, a trained low-rank adapter (Hu et al. 2021)."""
+"""Linear layers with a frozen kernel and a trained low-rank adapter (Hu et al. 2021)."""
 
 import dataclasses
 import math
@@ -122,9 +122,7 @@ class Projection(nn.Module):
             y = y + self._update(x, seeds, site)
         return y.astype(self.dtype)
 
-    def _update(
-        self, x: jax.Array, seeds: jax.Array | None, site: jax.Array | int
-    ) -> jax.Array:
+    def _update(self, x: jax.Array, seeds: jax.Array | None, site: jax.Array | int) -> jax.Array:
         lora, features_in = self.lora, x.shape[-1]
         assert lora is not None
 

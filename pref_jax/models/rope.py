@@ -21,8 +21,8 @@ class RopeConfig:
       theta: base of the geometric series of wavelengths.
       kind: one of `KINDS`.
       factor: how many times the trained context is stretched.
-      original_max_positions: context in training, in tokens ("dynamic": of the whole model, "llama3"
-        and "yarn": before it was stretched).
+      original_max_positions: context in training, in tokens ("llama3" and "yarn": before it was
+        stretched).
       low_freq_factor, high_freq_factor: "llama3": wavelengths above original / low are stretched by
         ``factor``, below original / high left alone, in between interpolated.
       beta_fast, beta_slow: "yarn": turns within the trained context that bound the same two ranges.

@@ -135,9 +135,7 @@ def read_rope(path: Path, content: Mapping[str, Any], max_positions: int) -> "Ro
             isinstance(value, int | float) and 0 < value < math.inf
         ):
             raise InputError(str(path), f"{name} of its rope is {value!r}", "fetch the file again")
-    return RopeConfig(
-        **{name: float(v) if name == "theta" else v for name, v in values.items()}
-    )
+    return RopeConfig(**{name: float(v) if name == "theta" else v for name, v in values.items()})
 
 
 def key_of(path: names.Path, layer: int | None = None) -> str:
@@ -192,7 +190,6 @@ def load_decoder(source: Path, abstract: Mapping[str, Any], quantization: str) -
         shape, not of floating point, or not finite. Found by name before weights are read (but
         for the last).
     """
-    import jax
 
     leaves = names.flatten(abstract)
     targets: dict[names.Path, Any] = {}
@@ -215,7 +212,6 @@ def load_decoder(source: Path, abstract: Mapping[str, Any], quantization: str) -
 
 def _check(source: Path, tensors: Mapping[str, Tensor], targets: Mapping[names.Path, Any]) -> None:
     """The tensors are those of the model: nothing is missing, left over or of another shape."""
-    import jax
 
     wanted: dict[str, tuple[int, ...]] = {}
     for path, target in targets.items():
@@ -269,9 +265,7 @@ def _read(tensor: Tensor, shape: tuple[int, ...], dtype: Any, sharding: Any) -> 
     return jax.make_array_from_callback(shape, sharding, make_reader(tensor, dtype, transposed))
 
 
-def _fill(
-    tensors: Mapping[str, Tensor], path: names.Path, target: Any, quantization: str
-) -> Any:
+def _fill(tensors: Mapping[str, Tensor], path: names.Path, target: Any, quantization: str) -> Any:
     """The stack of one parameter over all layers."""
     import jax
     import jax.numpy as jnp

@@ -30,8 +30,8 @@ def resolve_source(pretrained: str) -> Path:
     """The local folder, or ``.gguf`` file, that `pretrained` names.
 
     Args:
-      pretrained: a folder or a ``.gguf`` file; ``package:NAME/PATH`` inside an installed Python package, which is not
-        imported; or the name of a repository on the Hugging Face hub, fetched into its cache
+      pretrained: a folder or a ``.gguf`` file; ``package:NAME/PATH`` inside an installed Python
+        package, which is not imported; or the name of a repository on the Hugging Face hub, fetched into its cache
         where there is a network and taken from there where there is none.
 
     Raises:

@@ -135,8 +135,13 @@ def convert(folder: Path, model: Any, ours: LlamaClassifier, *, adapted: bool = 
 
 
 def head_of(model: Any) -> Any:
-    return next(p for n, p in model.named_parameters() if n.endswith("default.weight") and
-                "score" in n) if hasattr(model, "get_base_model") else model.score.weight
+    return (
+        next(
+            p for n, p in model.named_parameters() if n.endswith("default.weight") and "score" in n
+        )
+        if hasattr(model, "get_base_model")
+        else model.score.weight
+    )
 
 
 def adapter_of(model: Any, path: tuple[str, ...], layer: int) -> Any:
