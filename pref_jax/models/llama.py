@@ -186,6 +186,26 @@ class DecoderLayer(nn.Module):
         return constrain_batch(x_BxTxD, options.mesh), None
 
 
+class TokenTable(nn.Module):
+    """Rows of the token table; the caller guarantees that numbers are inside it."""
+
+    num_embeddings: int
+    features: int
+    options: _Options
+
+    @nn.compact
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        table = self.param(
+            "embedding",
+            nn.with_logical_partitioning(
+                nn.initializers.normal(INITIALIZER_RANGE), ("vocab", "embed")
+            ),
+            (self.num_embeddings, self.features),
+            self.options.frozen_dtype,
+        )
+        return table.at[ids].get(mode="clip").astype(self.options.dtype)
+
+
 class Decoder(nn.Module):
     """Token table, layers and final norm.
 
@@ -207,15 +227,9 @@ class Decoder(nn.Module):
     ) -> jax.Array:
         """Normed hidden states ``[B, P, D]`` of the tokens at ``pool_positions_BxP``."""
         options, config = self.options, self.options.config
-        table = self.param(
-            "embed_tokens",
-            nn.with_logical_partitioning(
-                nn.initializers.normal(INITIALIZER_RANGE), ("vocab", "embed")
-            ),
-            (config.vocab_size, config.hidden_size),
-            options.frozen_dtype,
+        x_BxTxD = TokenTable(config.vocab_size, config.hidden_size, options, name="embed_tokens")(
+            input_ids_BxT
         )
-        x_BxTxD = table.at[input_ids_BxT].get(mode="clip").astype(options.dtype)
         x_BxTxD = constrain_batch(x_BxTxD, options.mesh)
         angles = make_angles(config.rope, config.head_dim, positions_BxT, segment_ids_BxT)
         block: type[nn.Module] = DecoderLayer

@@ -6,13 +6,13 @@ through.
 "int8": ``values`` int8 ``[..., in, out]``, ``scales`` float32 ``[..., out]``: symmetric, one scale
 per output channel.
 
-"nf4" (Dettmers et al. 2023, "QLoRA", section 3): ``values`` uint8 ``[..., in / 2, out]``, two codes a
-byte, and a scale per block of 64 weights along the input axis, so that cutting the input axis over
-devices cuts no block. The scales are quantised themselves ("double quantisation"): ``scales`` int8
-``[..., in / 64, out]`` around their mean (``scale_means`` float32 ``[..., 1, 1]``), with one float32
-factor (``scale_scales``) per 64 of them along the output axis. QLoRA takes 8-bit floats in blocks of
-256 there; whole numbers in blocks of 64 are as small to within 0.01 bit a weight, closer to the
-scale's value, and need no block across devices.
+"nf4" (Dettmers et al. 2023, "QLoRA", section 3): ``values`` uint8 ``[..., in / 2, out]``, two codes
+a byte, and a scale per block of 64 weights along the input axis, so that cutting the input axis
+over devices cuts no block. The scales are quantised themselves ("double quantisation"): ``scales``
+int8 ``[..., in / 64, out]`` around their mean (``scale_means`` float32 ``[..., 1, 1]``), with one
+float32 factor (``scale_scales``) per 64 of them along the output axis. QLoRA takes 8-bit floats in
+blocks of 256 there; whole numbers in blocks of 64 are as small to within 0.01 bit a weight, closer
+to the scale's value, and need no block across devices.
 """
 
 import functools

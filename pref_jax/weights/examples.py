@@ -85,7 +85,9 @@ def describe_rows(
     for sample in range(features.num_samples):
         ids = [features.sequence(sample, side) for side in range(features.sides)]
         types = [
+            # A decoder has no token types.
             (np.arange(len(ids[side])) >= features.type_start(sample, side)).astype(int)
+            * (not features.pools_last)
             for side in range(features.sides)
         ]
         lists = [(part.tolist(), kinds.tolist()) for part, kinds in zip(ids, types, strict=True)]

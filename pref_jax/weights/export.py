@@ -8,9 +8,10 @@ temperature (not applied to the exported logits) and rows by which any program c
 import errno
 import json
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from pref_jax.data.tokenizers import TOKENIZER_FILES
 from pref_jax.errors import InputError, RunError
 from pref_jax.files import sync, sync_tree
 from pref_jax.weights import names
-from pref_jax.weights.files import SINGLE, read_json
+from pref_jax.weights.files import INDEX, SINGLE, read_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,7 +40,9 @@ _BAD_PLACE = (
     errno.ENOTDIR,
     errno.ENAMETOOLONG,
 )
-_OURS = {"config.json", SINGLE, MODELING, DESCRIPTION, *TOKENIZER_FILES}
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_OURS = {"config.json", SINGLE, INDEX, MODELING, DESCRIPTION, *ADAPTER_FILES, *TOKENIZER_FILES}
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 # Where the tokenizer came from: a place on this machine, of no use on another.
 _LOCAL_FIELDS = (
     "name_or_path",
@@ -90,16 +93,23 @@ def export_encoder(
             "export a run of layout single or parallel",
         )
     tensors = _tensors(params, config, sides=layout.sides)
-    tokenizer = _read_tokenizer(tokenizer_folder, layout.max_length)
+    tokenizer = read_tokenizer(tokenizer_folder, layout.max_length)
     ids = _special_ids(tokenizer_folder)
     _check_examples(examples, layout, config)
     texts = {
-        "config.json": _dump(_model_config(config, layout, dropout, ids)),
-        DESCRIPTION: _dump(_describe(layout, temperature, examples)),
+        "config.json": dump(_model_config(config, layout, dropout, ids)),
+        DESCRIPTION: describe(layout, temperature, examples),
         MODELING: Path(__file__).with_name(MODELING).read_text(encoding="utf-8"),
         **tokenizer,
     }
-    _write(output, texts, tensors)
+
+    def write_tensors(folder: Path) -> None:
+        from safetensors.numpy import save_file
+
+        # transformers refuses a file that does not say which framework wrote it
+        save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+
+    write_folder(output, texts, write_tensors)
 
 
 def check_output(output: Path) -> None:
@@ -119,8 +129,9 @@ def check_output(output: Path) -> None:
         raise InputError(
             where, f"it cannot be read ({error.strerror})", "name a new folder"
         ) from None
-    earlier = {"config.json", DESCRIPTION, SINGLE} <= held
-    strange = sorted(held - _OURS) if earlier else sorted(held)
+    earlier = DESCRIPTION in held and bool({"config.json", ADAPTER_FILES[0]} & held)
+    ours = _OURS | {name for name in held if _SHARD.fullmatch(name)}
+    strange = sorted(held - ours) if earlier else sorted(held)
     if strange:
         raise InputError(
             where, f"it already holds {strange[0]!r}, no part of an export", "name a new folder"
@@ -208,15 +219,14 @@ def _model_config(
     }
 
 
-def _describe(
-    layout: "Layout", temperature: float, examples: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    return {
+def describe(layout: "Layout", temperature: float, examples: Sequence[Mapping[str, Any]]) -> str:
+    """The text of `pref_jax.json`."""
+    content = {
         "input": {
             "layout": layout.name,
             "max_length": layout.max_length,
             "budget": [float(share) for share in layout.budget],
-            "template": None,
+            "template": layout.template,
             "reuse_unused": bool(layout.reuse_unused),
             "truncation": layout.truncation,
         },
@@ -231,6 +241,7 @@ def _describe(
             for example in examples
         ],
     }
+    return dump(content)
 
 
 def _plain(ids: Any) -> list[Any]:
@@ -255,7 +266,9 @@ def _check_examples(
             raise ValueError("an example's probabilities do not sum to one")
 
 
-def _read_tokenizer(folder: Path, max_length: int) -> dict[str, str]:
+def read_tokenizer(
+    folder: Path, max_length: int, default_class: str = "BertTokenizer"
+) -> dict[str, str]:
     """Texts of the tokenizer's files, without what belongs to the machine or to another task."""
     texts = {
         name: (folder / name).read_text(encoding="utf-8")
@@ -271,14 +284,14 @@ def _read_tokenizer(folder: Path, max_length: int) -> dict[str, str]:
         settings = read_json(folder / "tokenizer_config.json")
     for field in _LOCAL_FIELDS:
         settings.pop(field, None)
-    settings.setdefault("tokenizer_class", "BertTokenizer")
+    settings.setdefault("tokenizer_class", default_class)
     settings["model_max_length"] = max_length
-    texts["tokenizer_config.json"] = _dump(settings)
+    texts["tokenizer_config.json"] = dump(settings)
     if "tokenizer.json" in texts:
         content = read_json(folder / "tokenizer.json")
         # Sentence encoders ship a cut at 128 tokens here, which other programs would apply.
         content["truncation"] = content["padding"] = None
-        texts["tokenizer.json"] = _dump(content)
+        texts["tokenizer.json"] = dump(content)
     return texts
 
 
@@ -289,14 +302,26 @@ def _special_ids(folder: Path) -> dict[str, int]:
     return {"pad": int(tokenizer.pad_id), "sep": int(tokenizer.sep_id)}
 
 
-def _dump(content: Mapping[str, Any]) -> str:
+def dump(content: Mapping[str, Any]) -> str:
+    """JSON as every exported file has it."""
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _write(output: Path, texts: Mapping[str, str], tensors: Mapping[str, "np.ndarray"]) -> None:
-    """Writes everything beside `output` and then moves it there."""
+def write_folder(
+    output: Path, texts: Mapping[str, str], write_tensors: Callable[[Path], None]
+) -> None:
+    """Writes everything beside `output` and then moves it there.
+
+    Args:
+      output: the folder; what is there is an earlier export and is replaced.
+      texts: content of the text files, by name.
+      write_tensors: writes safetensors files into a folder.
+
+    Raises:
+      InputError: nothing can be written there.
+      RunError: writing failed.
+    """
     from safetensors import SafetensorError
-    from safetensors.numpy import save_file
 
     mark = f".{output.name}.{uuid.uuid4().hex[:8]}"
     made, replaced = output.with_name(f"{mark}.new"), output.with_name(f"{mark}.old")
@@ -305,10 +330,10 @@ def _write(output: Path, texts: Mapping[str, str], tensors: Mapping[str, "np.nda
         made.mkdir()
         for name, text in texts.items():
             (made / name).write_text(text, encoding="utf-8")
-        # transformers refuses a file that does not say which framework wrote it
-        save_file(dict(tensors), made / SINGLE, metadata={"format": "pt"})
+        write_tensors(made)
         # safetensors writes for the owner's eyes alone
-        shutil.copymode(made / "config.json", made / SINGLE)
+        for path in made.glob("*.safetensors"):
+            shutil.copymode(made / DESCRIPTION, path)
         sync_tree(made)
         if os.path.lexists(output):
             output.rename(replaced)

@@ -145,7 +145,7 @@ def key_of(path: names.Path, layer: int | None = None) -> str:
       KeyError: no decoder has such a parameter.
     """
     match path:
-        case ("embed_tokens",):
+        case ("embed_tokens", "embedding"):
             return f"{_PREFIX}embed_tokens.weight"
         case ("norm", "scale"):
             return f"{_PREFIX}norm.weight"

@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pref_jax.errors import InputError
 from pref_jax.weights.examples import describe_rows, write_rows
 from pref_jax.weights.export import check_output, export_encoder
 
@@ -12,8 +13,16 @@ if TYPE_CHECKING:
     from pref_jax.experiment import Run
 
 
-def export_run(workdir: Path, output: Path) -> Path:
+def export_run(
+    workdir: Path, output: Path, *, merge: bool = False, base: str | None = None
+) -> Path:
     """Writes the best checkpoint of `workdir` for other programs; returns the folder written.
+
+    Args:
+      workdir: the run.
+      output: the folder to write.
+      merge: of a decoder, write the whole model instead of the adapters.
+      base: where the frozen weights of the run are now, if they moved.
 
     Raises:
       InputError: the workdir holds no trained run, or the output folder holds something else.
@@ -25,12 +34,19 @@ def export_run(workdir: Path, output: Path) -> Path:
     from pref_jax.experiment import load_run
 
     check_output(output)  # before the work of loading a run
-    run = load_run(workdir)
+    run = load_run(workdir, base=base)
     experiment = run.experiment
+    if experiment.is_decoder:
+        _export_decoder(run, output, merge=merge)
+        return output
+    if merge:
+        raise InputError(
+            "--merge", "only a decoder has adapters to merge", "leave it away for an encoder"
+        )
     export_encoder(
         output,
         params=jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), run.params),
-        config=experiment.backbone.encoder,
+        config=experiment.backbone.architecture,
         layout=experiment.layout,
         tokenizer_folder=experiment.backbone.tokenizer_folder,
         temperature=run.temperature,
@@ -40,10 +56,34 @@ def export_run(workdir: Path, output: Path) -> Path:
     return output
 
 
+def _export_decoder(run: "Run", output: Path, *, merge: bool) -> None:
+    from pref_jax.weights.adapters import export_adapter, export_merged
+
+    experiment = run.experiment
+    common: dict[str, Any] = {
+        "params": run.params,
+        "lora": experiment.model.lora,
+        "layout": experiment.layout,
+        "tokenizer_folder": experiment.backbone.tokenizer_folder,
+        "temperature": run.temperature,
+        "examples": made_up_rows(run),
+    }
+    if merge or experiment.model.lora is None:
+        export_merged(
+            output,
+            config=experiment.backbone.architecture,
+            dtype=str(experiment.precision.compute),
+            **common,
+        )
+    else:
+        export_adapter(output, base=experiment.backbone.base["source"], **common)
+
+
 def made_up_rows(run: "Run") -> list[dict[str, Any]]:
     """The export's examples, with the probabilities that `predict` gives (temperature applied).
 
-    Computed in float32 whatever the run's precision, as a check by other programs has to be.
+    An encoder's are computed in float32 whatever the run's precision, as a check by other programs
+    has to be; a decoder may be too large for that.
     """
     import jax
     import numpy as np
@@ -53,14 +93,16 @@ def made_up_rows(run: "Run") -> list[dict[str, Any]]:
     from pref_jax.evaluation.predict import to_probabilities
     from pref_jax.experiment import Experiment
 
-    config = copy.deepcopy(run.experiment.config)
-    config.train.precision = "float32"
-    experiment = Experiment(config, run.experiment.backbone)
-    params = jax.tree.map(
-        lambda leaf, like: jax.device_put(np.asarray(leaf, like.dtype), like.sharding),
-        run.params,
-        experiment.abstract_params,
-    )
+    experiment, params = run.experiment, run.params
+    if not experiment.is_decoder:
+        config = copy.deepcopy(experiment.config)
+        config.train.precision = "float32"
+        experiment = Experiment(config, experiment.backbone)
+        params = jax.tree.map(
+            lambda leaf, like: jax.device_put(np.asarray(leaf, like.dtype), like.sharding),
+            run.params,
+            experiment.abstract_params,
+        )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.csv"
         write_rows(path)

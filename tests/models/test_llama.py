@@ -107,10 +107,9 @@ def adapt(model: Any, lora: LoRAConfig) -> Any:
 def convert(folder: Path, model: Any, ours: LlamaClassifier, *, adapted: bool = True) -> Any:
     """Our parameters, the base through files and the loader."""
     base = model.get_base_model() if adapted else model
-    plain = reference.__wrapped__(base) if hasattr(reference, "__wrapped__") else base
     states = {
         name.replace(".base_layer", ""): value.detach().clone()
-        for name, value in plain.state_dict().items()
+        for name, value in base.state_dict().items()
         if "lora_" not in name and "modules_to_save" not in name
     }
     states = {name.replace("original_module.", ""): value for name, value in states.items()}
