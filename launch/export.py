@@ -15,9 +15,7 @@ from pref_jax import command
 
 flags.DEFINE_string("workdir", None, "Folder of a finished run.", required=True)
 flags.DEFINE_string("output", None, "Folder to write: new, or an earlier export.", required=True)
-flags.DEFINE_bool(
-    "merge", False, "LLaMA: the whole model, adapters added to it."
-)
+flags.DEFINE_bool("merge", False, "LLaMA: the whole model, adapters added to it.")
 flags.DEFINE_string("base", None, "Where the frozen weights of the run are now, if they moved.")
 
 

@@ -18,6 +18,7 @@ from pref_jax.data.batches import Samples, Update, padding_fraction, prediction_
 from pref_jax.evaluation.predict import place_update
 from pref_jax.experiment import Experiment, find_backbone
 from pref_jax.models.bert import EncoderConfig
+from pref_jax.models.llama import LlamaConfig
 from pref_jax.training.loop import read_ahead
 from pref_jax.training.run import CompiledStep, make_plan
 from pref_jax.training.state import create_state
@@ -65,6 +66,35 @@ def encoder_flops(config: EncoderConfig, lengths: np.ndarray, *, training: bool)
     last = 2.0 * 2.0 * width * width * tokens  # keys and values
     last += sequences * 2.0 * (2.0 * width * width + 2.0 * width * inner) + 4.0 * tokens * width
     return (full + last) * (3.0 if training else 1.0)
+
+
+def decoder_flops(
+    config: LlamaConfig, lengths: np.ndarray, *, training: bool, frozen: bool
+) -> float:
+    """Floating-point operations that reading sequences of these lengths takes.
+
+    Forward: 2 x parameters of the projections x tokens, and causal attention's 2 x n^2 x width of
+    the query heads per layer and sequence of n tokens (half of the full square's 4 x n^2 x width).
+    Backward: attention costs twice its forward pass; a frozen projection needs only the gradient of
+    its input, so 4 x parameters x tokens in all, where trained ones take 6 x. Adapters of rank 4
+    (0.02 %), the token table, norms and the head are left out, padding and recomputation count
+    nothing.
+
+    Args:
+      config: the decoder.
+      lengths: tokens of each sequence.
+      training: forward and backward, or forward alone.
+      frozen: whether the projections are.
+    """
+    width, heads = config.hidden_size, config.num_heads * config.head_dim
+    per_layer = 2 * width * heads + 2 * width * config.num_kv_heads * config.head_dim
+    per_layer += 3 * width * config.intermediate_size
+    tokens, squares = float(lengths.sum()), float((lengths.astype(np.float64) ** 2).sum())
+    products = 2.0 * config.num_layers * per_layer * tokens
+    attention = 2.0 * config.num_layers * heads * squares
+    if not training:
+        return products + attention
+    return products * (2.0 if frozen else 3.0) + attention * 3.0
 
 
 def peak_flops(device: jax.Device, devices: int) -> float:
@@ -116,7 +146,12 @@ def benchmark(config: ConfigDict, *, mode: str, steps: int, rows: int | None) ->
     scored = sum(int((packed.samples >= 0).sum()) for u in updates for packed in u.buckets)
     padding = padding_fraction(updates)
     total = float(seconds.sum())
-    flops = encoder_flops(experiment.backbone.architecture, lengths, training=mode == "train")
+    architecture, training = experiment.backbone.architecture, mode == "train"
+    if isinstance(architecture, LlamaConfig):
+        frozen = bool(config.model.lora.rank)
+        flops = decoder_flops(architecture, lengths, training=training, frozen=frozen)
+    else:
+        flops = encoder_flops(architecture, lengths, training=training)
     peak = peak_flops(device, experiment.mesh.devices.size)
     return {
         "mode": mode,

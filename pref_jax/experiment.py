@@ -257,7 +257,7 @@ class Experiment:
             config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=devices
         )
         tensor = self.mesh.shape["tensor"]
-        heads = architecture.num_kv_heads if self.is_decoder else architecture.num_heads
+        heads = getattr(architecture, "num_kv_heads", architecture.num_heads)
         if heads % tensor:
             raise InputError(
                 "--config.mesh.tensor",
@@ -320,11 +320,12 @@ class Experiment:
             )
 
     def _choose_attention(self, device: jax.Device) -> str:
-        if not self.is_decoder:
+        architecture = self.backbone.architecture
+        if not isinstance(architecture, LlamaConfig):
             return choose_implementation(device.platform, self.mesh.devices.size)
         return choose_causal_implementation(
             device,
-            head_dim=self.backbone.architecture.head_dim,
+            head_dim=architecture.head_dim,
             length=self.layout.max_length,
             dtype=self.precision.compute,
             packing=self.config.input.packing,
@@ -564,6 +565,7 @@ def _read_model(workdir: Path) -> tuple[Architecture, dict[str, str], dict[str, 
     content = read_json(workdir / _MODEL_FILE, remedy)
     try:
         values = content["architecture"]
+        architecture: Architecture
         if values["family"] == "llama":
             architecture = LlamaConfig(**values | {"rope": RopeConfig(**values["rope"])})
         else:

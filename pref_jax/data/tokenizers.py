@@ -224,7 +224,7 @@ def _are_ids(values: list[Any]) -> bool:
 
 
 class _Base:
-    bos_id = None
+    bos_id: int | None = None
 
     def __init__(self, wordpiece: WordPiece) -> None:
         self.vocab_size = max(wordpiece.vocab.values()) + 1

@@ -11,7 +11,8 @@ from jax import lax
 INITIALIZER_RANGE = 0.02
 
 
-def _named(initializer: Callable, *axes: str | None) -> Callable:
+def named(initializer: Callable, *axes: str | None) -> Callable:
+    """The initializer of a parameter whose axes have these logical names."""
     return nn.with_logical_partitioning(initializer, axes)
 
 
@@ -27,7 +28,7 @@ class Dense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param(
             "kernel",
-            _named(nn.initializers.normal(INITIALIZER_RANGE), *self.axes),
+            named(nn.initializers.normal(INITIALIZER_RANGE), *self.axes),
             (x.shape[-1], self.features),
             jnp.float32,
         )
@@ -40,7 +41,7 @@ class Dense(nn.Module):
         if self.use_bias:
             bias = self.param(
                 "bias",
-                _named(nn.initializers.zeros, self.axes[1]),
+                named(nn.initializers.zeros, self.axes[1]),
                 (self.features,),
                 jnp.float32,
             )
@@ -57,8 +58,8 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (x.shape[-1],)
-        scale = self.param("scale", _named(nn.initializers.ones, "norm"), shape, jnp.float32)
-        bias = self.param("bias", _named(nn.initializers.zeros, "norm"), shape, jnp.float32)
+        scale = self.param("scale", named(nn.initializers.ones, "norm"), shape, jnp.float32)
+        bias = self.param("bias", named(nn.initializers.zeros, "norm"), shape, jnp.float32)
         x = x.astype(jnp.float32)
         x = x - x.mean(axis=-1, keepdims=True)
         variance = (x * x).mean(axis=-1, keepdims=True)
@@ -77,7 +78,7 @@ class Embedding(nn.Module):
     def __call__(self, ids: jax.Array) -> jax.Array:
         table = self.param(
             "embedding",
-            _named(nn.initializers.normal(INITIALIZER_RANGE), *self.axes),
+            named(nn.initializers.normal(INITIALIZER_RANGE), *self.axes),
             (self.num_embeddings, self.features),
             jnp.float32,
         )

@@ -16,7 +16,7 @@ from pref_jax.mesh import constrain_batch
 from pref_jax.models.bert import REMAT_POLICIES, gather_tokens
 from pref_jax.models.causal_attention import attend_causal
 from pref_jax.models.dropout import dropout
-from pref_jax.models.layers import INITIALIZER_RANGE, Dense
+from pref_jax.models.layers import INITIALIZER_RANGE, Dense, named
 from pref_jax.models.lora import LoRAConfig, Projection
 from pref_jax.models.rope import RopeConfig, make_angles, rotate
 
@@ -66,7 +66,7 @@ class RMSNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param(
             "scale",
-            nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
+            named(nn.initializers.ones, "norm"),
             (x.shape[-1],),
             self.param_dtype,
         )
@@ -197,9 +197,7 @@ class TokenTable(nn.Module):
     def __call__(self, ids: jax.Array) -> jax.Array:
         table = self.param(
             "embedding",
-            nn.with_logical_partitioning(
-                nn.initializers.normal(INITIALIZER_RANGE), ("vocab", "embed")
-            ),
+            named(nn.initializers.normal(INITIALIZER_RANGE), "vocab", "embed"),
             (self.num_embeddings, self.features),
             self.options.frozen_dtype,
         )

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from pref_jax.models import quantize
 from pref_jax.models.dropout import dropout
-from pref_jax.models.layers import INITIALIZER_RANGE
+from pref_jax.models.layers import INITIALIZER_RANGE, named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +65,7 @@ class QuantizedKernel(nn.Module):
         return {
             name: self.param(
                 name,
-                nn.with_logical_partitioning(
-                    lambda own, name: draw(own if key is None else key, name), axes[name]
-                ),
+                named(lambda own, name: draw(own if key is None else key, name), *axes[name]),
                 name,
             )
             for name in shapes
@@ -109,7 +107,7 @@ class Projection(nn.Module):
             initializer = nn.initializers.normal(INITIALIZER_RANGE)
             kernel = self.param(
                 "kernel",
-                nn.with_logical_partitioning(initializer, self.axes),
+                named(initializer, *self.axes),
                 (features_in, self.features),
                 self.kernel_dtype,
             )
@@ -136,8 +134,8 @@ class Projection(nn.Module):
             return jnp.zeros((lora.rank, self.features), jnp.float32)
 
         row, column = self.axes
-        a = self.variable("lora", "a", nn.with_logical_partitioning(draw_a, (row, "lora")))
-        b = self.variable("lora", "b", nn.with_logical_partitioning(draw_b, ("lora", column)))
+        a = self.variable("lora", "a", named(draw_a, row, "lora"))
+        b = self.variable("lora", "b", named(draw_b, "lora", column))
         x = dropout(x, lora.dropout, seeds, site)
         inner = quantize.matmul(x, a.value, self.dtype)
         return quantize.matmul(inner, b.value, self.dtype) * lora.scale

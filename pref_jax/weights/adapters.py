@@ -239,7 +239,7 @@ def _write_shards(
     if len(shards) == 1:
         (folder / "part-00000").rename(folder / SINGLE)
         return
-    index = {}
+    index: dict[str, str] = {}
     for number, held in enumerate(shards):
         name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"part-{number:05d}").rename(folder / name)

@@ -238,6 +238,10 @@ def tokenizer_folder(path: Path) -> Path:
         merges = _field(path, reader, "tokenizer.ggml.merges")
         special = [number for number, kind in enumerate(types) if int(kind) == _CONTROL]
         plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        pretokenizers = [dict(part) for part in _PRETOKENIZERS[cutting]]
+        for part in pretokenizers:
+            if part["type"] == "ByteLevel":  # the library's form has all fields
+                part["trim_offsets"] = True
         content = {
             "version": "1.0",
             "truncation": None,
@@ -247,7 +251,7 @@ def tokenizer_folder(path: Path) -> Path:
                 for number in special
             ],
             "normalizer": None,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": _PRETOKENIZERS[cutting]},
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": pretokenizers},
             "post_processor": None,
             "decoder": {
                 "type": "ByteLevel",
@@ -268,10 +272,6 @@ def tokenizer_folder(path: Path) -> Path:
                 "merges": [merge.split(" ", 1) for merge in merges],
             },
         }
-        # Pre-tokenizers of the library's form have all their fields.
-        for part in content["pre_tokenizer"]["pretokenizers"]:
-            if part["type"] == "ByteLevel":
-                part.setdefault("trim_offsets", True)
         write_json(folder / "tokenizer.json", content)
         settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
         for name in ("bos", "eos"):

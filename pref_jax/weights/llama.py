@@ -135,7 +135,8 @@ def read_rope(path: Path, content: Mapping[str, Any], max_positions: int) -> "Ro
             isinstance(value, int | float) and 0 < value < math.inf
         ):
             raise InputError(str(path), f"{name} of its rope is {value!r}", "fetch the file again")
-    return RopeConfig(**{name: float(v) if name == "theta" else v for name, v in values.items()})
+    values["theta"] = float(theta)
+    return RopeConfig(**values)
 
 
 def key_of(path: names.Path, layer: int | None = None) -> str:

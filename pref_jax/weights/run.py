@@ -11,6 +11,7 @@ from pref_jax.weights.export import check_output, export_encoder
 
 if TYPE_CHECKING:
     from pref_jax.experiment import Run
+    from pref_jax.models.llama import LlamaConfig
 
 
 def export_run(
@@ -32,12 +33,14 @@ def export_run(
     import numpy as np
 
     from pref_jax.experiment import load_run
+    from pref_jax.models.llama import LlamaConfig
 
     check_output(output)  # before the work of loading a run
     run = load_run(workdir, base=base)
     experiment = run.experiment
-    if experiment.is_decoder:
-        _export_decoder(run, output, merge=merge)
+    architecture = experiment.backbone.architecture
+    if isinstance(architecture, LlamaConfig):
+        _export_decoder(run, architecture, output, merge=merge)
         return output
     if merge:
         raise InputError(
@@ -46,7 +49,7 @@ def export_run(
     export_encoder(
         output,
         params=jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), run.params),
-        config=experiment.backbone.architecture,
+        config=architecture,
         layout=experiment.layout,
         tokenizer_folder=experiment.backbone.tokenizer_folder,
         temperature=run.temperature,
@@ -56,7 +59,7 @@ def export_run(
     return output
 
 
-def _export_decoder(run: "Run", output: Path, *, merge: bool) -> None:
+def _export_decoder(run: "Run", architecture: "LlamaConfig", output: Path, *, merge: bool) -> None:
     from pref_jax.weights.adapters import export_adapter, export_merged
 
     experiment = run.experiment
@@ -71,7 +74,7 @@ def _export_decoder(run: "Run", output: Path, *, merge: bool) -> None:
     if merge or experiment.model.lora is None:
         export_merged(
             output,
-            config=experiment.backbone.architecture,
+            config=architecture,
             dtype=str(experiment.precision.compute),
             **common,
         )

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pref_jax.config import TEMPLATE
 from pref_jax.data.segments import SEGMENTS, TRUNCATIONS, Form, Layout, cut, kept_lengths
 from pref_jax.errors import InputError
 
@@ -40,7 +41,8 @@ def layouts(draw, reuse):
     weights = draw(st.lists(st.integers(1, 9), min_size=(n := len(SEGMENTS[name])), max_size=n))
     total = max(sum(weights), 10)
     budget = tuple(weight / total // 0.01 * 0.01 or 0.01 for weight in weights)
-    return Layout(name, draw(st.integers(120, 600)), budget, reuse, "head")
+    template = TEMPLATE if name == "decoder" else None
+    return Layout(name, draw(st.integers(120, 600)), budget, reuse, "head", template)
 
 
 def slow_kept(lengths, layout):
