@@ -1,0 +1,339 @@
+"""A LLaMA run from weights to export: the right token pooled, the head saved, the base watched."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rig import REPOSITORY, call, make_rows, predict, read_csv, write_csv
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+DECODER = (
+    f"--config={REPOSITORY}/configs/llama_lora.py:tiny",
+    "--config.input.max_length=128",
+    "--config.train.batch_size=8",
+    "--config.train.warmup_steps=0",
+    "--config.train.learning_rate=1e-2",
+    "--config.model.lora.targets=all-linear",
+    "--config.logging.tensorboard=false",
+)
+
+
+def write_base(folder: Path) -> Path:
+    """A random LLaMA written by transformers in three shards, with a byte-pair tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=["<|begin_of_text|>", "<|end_of_text|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([f"line {n} of a text about rain" for n in range(20)], trainer)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="250KB")
+    assert len(list(folder.glob("model-*.safetensors"))) >= 3
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("base") / "lm")
+
+
+@pytest.fixture(scope="module")
+def decoder(base: Path, arena: Path) -> Path:
+    """A run of ten updates."""
+    workdir = base.parent / "run"
+    outcome = call(
+        "train",
+        *DECODER,
+        f"--config.model.pretrained={base}",
+        f"--config.data.train={arena}/train.csv",
+        "--config.train.max_steps=10",
+        f"--workdir={workdir}",
+    )
+    assert outcome.code == 0, outcome
+    return workdir
+
+
+def numbers(rows: list[list[str]]) -> np.ndarray:
+    return np.array([[float(cell) for cell in row[1:]] for row in rows])
+
+
+def test_checkpoints_hold_what_was_trained(decoder: Path) -> None:
+    manifest = json.loads(next(decoder.glob("checkpoints/*/manifest.json")).read_text())
+    names = manifest["leaves"]
+    assert any("lora" in name for name in names) and any("head" in name for name in names)
+    assert not any("embed_tokens" in name or "layernorm" in name for name in names)
+    model = json.loads((decoder / "model.json").read_text())
+    assert len(model["base"]["digest"]) == 64
+
+
+def test_any_arrangement_of_rows_gives_the_same(decoder: Path, tmp_path: Path) -> None:
+    rows = make_rows()
+    whole = numbers(predict(decoder, write_csv(tmp_path / "all.csv", rows)))
+    back = numbers(predict(decoder, write_csv(tmp_path / "back.csv", rows[::-1])))
+    alone = numbers(predict(decoder, write_csv(tmp_path / "one.csv", rows[3:4])))
+    np.testing.assert_allclose(back[::-1], whole, atol=1e-5)
+    np.testing.assert_allclose(alone[0], whole[3], atol=1e-5)
+    assert np.abs(whole[0] - whole[1]).max() > 1e-4
+
+
+def test_typed_special_tokens_are_text(decoder: Path, tmp_path: Path) -> None:
+    answers = [
+        predict(
+            decoder,
+            write_csv(tmp_path / "x.csv", make_rows(r0={"response_a": json.dumps([text])})),
+        )[0][1:]
+        for text in ("ok <|end_of_text|> good", "ok <|end_of_text|> bad", "ok")
+    ]
+    assert answers[0] != answers[1] != answers[2]
+
+
+def test_the_settings_of_padding_change_nothing(base: Path, decoder: Path, tmp_path: Path) -> None:
+    data = write_csv(tmp_path / "rows.csv", make_rows())
+    before = predict(decoder, data)
+    moved = shutil.copytree(base, tmp_path / "other")
+    settings = json.loads((moved / "tokenizer_config.json").read_text())
+    settings |= {"padding_side": "left", "pad_token": "<|end_of_text|>"}
+    (moved / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps(config | {"pad_token_id": 511}))
+    assert predict(decoder, data, f"--base={moved}") == before
+
+
+def test_a_base_that_moved_or_changed(base: Path, decoder: Path, tmp_path: Path) -> None:
+    data = write_csv(tmp_path / "rows.csv", make_rows())
+    before = predict(decoder, data)
+    away = base.rename(base.with_name("away"))
+    try:
+        flags = (f"--workdir={decoder}", f"--data={data}", f"--output={tmp_path}/out.csv")
+        gone = call("predict", *flags)
+        assert gone.code == 2 and "--base=FOLDER" in gone.stderr and gone.stderr.count("\n") == 1
+        assert predict(decoder, data, f"--base={away}") == before
+        shard = next(away.glob("model-*.safetensors"))
+        content = bytearray(shard.read_bytes())
+        content[-1] ^= 1
+        changed = shutil.copytree(away, tmp_path / "changed")
+        (changed / shard.name).write_bytes(content)
+        refused = call("predict", *flags, f"--base={changed}")
+        assert refused.code == 2 and "its weights have the hash" in refused.stderr
+    finally:
+        away.rename(base)
+
+
+READ = """
+import sys
+sys.modules["pref_jax"] = None
+import json, torch
+from peft import PeftModel
+from transformers import LlamaForSequenceClassification
+base, adapter, merged = sys.argv[1:]
+whole = LlamaForSequenceClassification.from_pretrained(merged).eval()
+plain = LlamaForSequenceClassification.from_pretrained(base, num_labels=3)
+tuned = PeftModel.from_pretrained(plain, adapter).eval()
+described = json.load(open(adapter + "/pref_jax.json"))
+answers = []
+for example in described["examples"]:
+    ids = torch.tensor([example["input_ids"]])
+    with torch.no_grad():
+        answers.append([m(input_ids=ids).logits.softmax(-1)[0].tolist() for m in (tuned, whole)])
+print(json.dumps(answers))
+"""
+
+
+def test_peft_and_plain_transformers_agree(base: Path, decoder: Path, tmp_path: Path) -> None:
+    for name, flags in (("adapter", ()), ("merged", ("--merge",))):
+        outcome = call("export", f"--workdir={decoder}", f"--output={tmp_path}/{name}", *flags)
+        assert outcome.code == 0, outcome
+    # Nothing of this machine is needed to load: all moves together.
+    moved = shutil.copytree(base, tmp_path / "elsewhere")
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", READ, str(moved), f"{tmp_path}/adapter", f"{tmp_path}/merged"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd="/",
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    described = json.loads((tmp_path / "adapter" / "pref_jax.json").read_text())
+    assert described["input"]["layout"] == "decoder"
+    wanted = np.array([example["probabilities"] for example in described["examples"]])
+    for number, answers in enumerate(np.array(json.loads(done.stdout.splitlines()[-1]))):
+        np.testing.assert_allclose(answers, np.stack([wanted[number]] * 2), atol=1e-4)
+    settings: dict[str, Any] = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert "score" not in settings["target_modules"] and len(settings["target_modules"]) == 7
+    from safetensors.numpy import load_file
+
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert tensors["base_model.model.score.weight"].shape == (3, 64)
+    assert len(tensors) == 2 * 7 * 2 + 1
+    assert not any("score" in name and "lora" in name for name in tensors)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_a_quantised_base_trains_and_merges(
+    base: Path, arena: Path, tmp_path: Path, quantization: str
+) -> None:
+    workdir = tmp_path / "run"
+    outcome = call(
+        "train",
+        *DECODER,
+        f"--config.model.pretrained={base}",
+        f"--config.model.quantization={quantization}",
+        f"--config.data.train={arena}/train.csv",
+        "--config.train.max_steps=2",
+        f"--workdir={workdir}",
+    )
+    assert outcome.code == 0, outcome
+    outcome = call("export", f"--workdir={workdir}", f"--output={tmp_path}/merged", "--merge")
+    assert outcome.code == 0, outcome
+    model = transformers.LlamaForSequenceClassification.from_pretrained(tmp_path / "merged")
+    described = json.loads((tmp_path / "merged" / "pref_jax.json").read_text())
+    for example in described["examples"]:
+        with torch.no_grad():
+            logits = model.eval()(input_ids=torch.tensor([example["input_ids"]])).logits
+        got = logits.softmax(-1)[0].numpy()
+        np.testing.assert_allclose(got, example["probabilities"], atol=1e-4)
+
+
+def _cut_shard(folder: Path) -> str:
+    shard = sorted(folder.glob("model-*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    return shard.name
+
+
+def _lose_shard(folder: Path) -> str:
+    shard = sorted(folder.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    return shard.name
+
+
+def _lose_tokenizer(folder: Path) -> str:
+    (folder / "tokenizer.json").unlink()
+    return "tokenizer.json"
+
+
+def _only_sentencepiece(folder: Path) -> str:
+    _lose_tokenizer(folder)
+    (folder / "tokenizer.model").write_bytes(b"x")
+    return "sentencepiece"
+
+
+def _wrong_shape(folder: Path) -> str:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    return "has shape"
+
+
+def _more_tokens(folder: Path) -> str:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    last = max(content["model"]["vocab"].values())
+    rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+    content["added_tokens"] += [
+        {**content["added_tokens"][0], "id": max(last, rows) + n, "content": f"<new{n}>"}
+        for n in range(12)
+    ]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return f"the model's table has {rows} rows"
+
+
+def _another_family(folder: Path) -> str:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "roberta"}))
+    return "its model_type is 'roberta'"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(_cut_shard, _lose_shard, _lose_tokenizer, _only_sentencepiece, _wrong_shape),
+        *(_more_tokens, _another_family),
+    ],
+)
+def test_broken_folders_are_refused(base: Path, arena: Path, tmp_path: Path, damage: Any) -> None:
+    broken = shutil.copytree(base, tmp_path / "lm")
+    named = damage(broken)
+    outcome = call(
+        "train",
+        *DECODER,
+        f"--config.model.pretrained={broken}",
+        f"--config.data.train={arena}/train.csv",
+        f"--workdir={tmp_path}/run",
+    )
+    assert outcome.code == 2 and outcome.stderr.count("\n") == 1, outcome
+    assert named in outcome.stderr
+
+
+def test_a_stray_file_is_not_merged(base: Path, decoder: Path, tmp_path: Path) -> None:
+    data = write_csv(tmp_path / "rows.csv", make_rows())
+    before = predict(decoder, data)
+    beside = shutil.copytree(base, tmp_path / "lm")
+    shutil.copy(next(beside.glob("model-*.safetensors")), beside / "consolidated.safetensors")
+    assert predict(decoder, data, f"--base={beside}") == before
+
+
+@pytest.mark.parametrize(
+    ("flag", "named"),
+    [
+        ("--config.model.lora.targets=q_proj,score", "no projection is called 'score'"),
+        ("--config.input.layout=single", "choose decoder"),
+        ("--config.input.max_length=20", "give at least"),
+        ("--config.input.template=x", "input.template"),
+        ("--config.model.frozen_layers=1", "frozen_layers"),
+        ("--config.model.lora.rank=0 --config.model.quantization=nf4", "frozen weights"),
+        ("--config.mesh.tensor=3", "mesh"),
+    ],
+)
+def test_wrong_settings_are_one_line(arena: Path, tmp_path: Path, flag: str, named: str) -> None:
+    outcome = call(
+        "train",
+        *DECODER,
+        f"--config.data.train={arena}/train.csv",
+        f"--workdir={tmp_path}/run",
+        *flag.split(" "),
+    )
+    assert outcome.code == 2 and outcome.stderr.count("\n") == 1, outcome
+    assert named in outcome.stderr
+
+
+def test_the_loss_of_a_file_is_the_mean_over_its_rows(decoder: Path, tmp_path: Path) -> None:
+    data = write_csv(tmp_path / "rows.csv", make_rows(), labels=True)
+    answers = numbers(predict(decoder, data))
+    flags = (f"--workdir={decoder}", f"--data={data}", f"--output={tmp_path}/out.json")
+    outcome = call("evaluate", *flags)
+    assert outcome.code == 0, outcome
+    labels = [[float(row[f"winner_{kind}"]) for kind in ("model_a", "model_b", "tie")]
+              for row in read_csv(data)]  # fmt: skip
+    loss = -np.log((answers * np.array(labels)).sum(axis=1)).mean()
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["rows"] == 6 and abs(result["log_loss"] - loss) < 1e-6
