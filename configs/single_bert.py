@@ -14,7 +14,7 @@ Hardware: the paper trained on two T4 GPUs and on one TPU. ``train.microbatch_si
 update up: raise it to fill a larger device, lower it or set ``--config.train.remat=full`` when
 memory runs out; the result stays the same.
 
-Expect with ``minilm`` on two CPU cores: 5 rows a second at 256 tokens, 1.5 GB; there, with two
+Expect with ``minilm`` on two CPU cores: 6 rows a second at 256 tokens, 1.5 GB; there, with two
 epochs and a rate of 1e-4, a log loss of 1.069 on 868 real rows (README). Others are not measured.
 
 Where the numbers come from: tokens, shares, head and its dropout, learning rate, weight decay,

@@ -486,7 +486,7 @@ class Experiment:
         from pref_jax.evaluation.predict import Predictor
 
         # Nothing is kept for a backward pass, and a file has units enough to fill larger products.
-        least = 2048 // self.layout.max_length
+        least = 2048 // (self.layout.max_length * meshes.batch_shards(self.mesh))
         return Predictor(
             self.model,
             self.mesh,
