@@ -234,8 +234,8 @@ def llama_config(arguments: str | None, *, quantization: str) -> ConfigDict:
     config.train.weight_decay = 0.01
     config.train.warmup_steps = 500 if size == "8b" else 20
     config.train.remat = "full" if size == "8b" else "none"
-    # Weights are cut over all devices; each takes its share of the rows too.
-    config.mesh.data, config.mesh.fsdp = 1, -1
+    if size == "8b":  # its weights are cut over all devices; each takes its share of the rows too
+        config.mesh.data, config.mesh.fsdp = 1, -1
     return config
 
 

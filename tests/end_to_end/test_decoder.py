@@ -20,6 +20,7 @@ pytest.importorskip("peft")
 DECODER = (
     f"--config={REPOSITORY}/configs/llama_lora.py:tiny",
     "--config.input.max_length=128",
+    "--config.train.microbatch_size=1",
     "--config.train.batch_size=8",
     "--config.train.warmup_steps=0",
     "--config.train.learning_rate=1e-2",
