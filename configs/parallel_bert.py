@@ -14,8 +14,9 @@ Hardware: the paper trained on two T4 GPUs and on one TPU. ``train.microbatch_si
 update up: raise it to fill a larger device, lower it or set ``--config.train.remat=full`` when
 memory runs out; the result stays the same.
 
-Expect with ``minilm`` on two CPU cores: 2.5 to 3 rows a second at 512 tokens, 2.2 GB; at 256 tokens,
-two epochs and a rate of 1e-4 a log loss of 0.983 on 868 real rows (README). Others are not measured.
+Expect with ``minilm`` on two CPU cores: 2.5 to 3 rows a second at 512 tokens, 2.2 GB; at 256
+tokens, two epochs and a rate of 1e-4 a log loss of 0.983 on 868 real rows (README). Others are not
+measured.
 
 Where the numbers come from: tokens, shares, head and its dropout, learning rate, weight decay,
 epochs, warm-up, schedule, batch and the random 90/10 split, section "Training" of the paper;
