@@ -99,7 +99,7 @@ def test_values_get_the_type_of_their_field(name: str, text: str | None, value: 
         ("", "3", "unknown field"),
         # Fields of the interface that no part of the package reads yet.
         ("data.soft_labels", "x", "unknown field 'soft_labels' of data; known: fold"),
-        ("model.lora.rank", "4", "unknown field 'lora' of model"),
+        ("model.adapter.rank", "4", "unknown field 'adapter' of model"),
         ("train.ema", "0.9", "unknown field 'ema' of train"),
     ],
 )

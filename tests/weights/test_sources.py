@@ -33,7 +33,7 @@ def test_a_package_is_found_without_importing_it(package: Path) -> None:
 @pytest.mark.parametrize(
     ("pretrained", "message"),
     [
-        ("package:some_weights_of_ours/nothing", "has no folder 'nothing'"),
+        ("package:some_weights_of_ours/nothing", "has no folder or .gguf file 'nothing'"),
         ("package:some_weights_of_ours/../other", "leaves the package"),
         ("package:some_weights_of_ours//etc", "leaves the package"),
         ("package:some.thing/model", "no package's name"),
