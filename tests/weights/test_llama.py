@@ -115,9 +115,9 @@ def write_tensors(folder: Path, layers: int, width: int, inner: int) -> int:
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_weights_are_the_same_on_any_mesh(tmp_path: Path, quantization: str) -> None:
-    sizes = {"hidden_size": 128, "intermediate_size": 256}
+    sizes = {"hidden_size": 256, "intermediate_size": 256}
     folder = write(tmp_path / "lm", **sizes)
-    write_tensors(folder, 2, 128, 256)
+    write_tensors(folder, 2, 256, 256)
     model = LlamaClassifier(read_llama_config(folder), quantization=quantization)
     trees = []
     for sizes_of_mesh in ((1, 1, 1), (1, 2, 2)):
