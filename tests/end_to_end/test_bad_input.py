@@ -61,7 +61,8 @@ TABLE = [
     ("simulate --rows=10 --output=good.csv", "good.csv"),
     # Fields.
     (f"{GOOD} --config.train.lerning_rate=1", "did you mean learning_rate?"),
-    (f"{GOOD} --config.model.lora.rank=4", "unknown field 'lora'"),
+    (f"{GOOD} --config.model.adapter.rank=4", "unknown field 'adapter'"),
+    (f"{GOOD} --config.model.lora.rank=4", "adapters are for decoders"),
     (f"{GOOD} --config.train=3", "--config.train: it is a section"),
     (f"{GOOD} --config.train.batch_size=0.5", "'0.5' is not a whole number"),
     (f"{GOOD} --config.train.batch_size=0", "--config.train.batch_size: 0"),
