@@ -20,6 +20,7 @@ import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
+from pref_jax import hosts
 from pref_jax import mesh as meshes
 from pref_jax.data.batches import Geometry, Samples, make_geometry
 from pref_jax.data.segments import Layout
@@ -329,7 +330,7 @@ class Experiment:
                 base["source"], "its encoder has another shape", "start from a run of this backbone"
             )
         return jax.tree.map(
-            lambda leaf, like: jax.device_put(np.asarray(leaf), like.sharding),
+            lambda leaf, like: meshes.place(np.asarray(leaf), like.sharding),
             run.params["encoder"],
             abstract,
         )
@@ -485,6 +486,12 @@ def load_run(workdir: Path, *, mesh: dict[str, int] | None = None) -> Run:
     experiment = Experiment(config, Backbone(encoder, workdir / _TOKENIZER_FOLDER, base))
     checkpoints = Checkpoints(workdir / "checkpoints", keep=1, read_only=True)
     step = checkpoints.best_step()
+    if hosts.count() > 1:
+        hosts.agree(
+            str(workdir),
+            {"best checkpoint": step, "its content": _run_digest(workdir)},
+            "let all hosts see the same run, or wait until their copies are complete",
+        )
     if step is None:
         raise InputError(
             str(workdir),

@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import platform
@@ -39,6 +40,8 @@ from pref_jax.errors import InputError, RunError
 flags.disclaim_key_flags()  # `define_flags` makes them flags of the script that calls it
 
 Value = TypeVar("Value")
+
+logger = logging.getLogger("pref_jax")
 
 DEFAULT_TIMEOUT = 120.0  # seconds
 _DEFAULT_PORT = 8476  # where `auto` meets; the port that JAX takes on a TPU slice
@@ -280,6 +283,11 @@ def index() -> int:
     return 0 if _meeting is None else _meeting.settings.index
 
 
+def describe(host: int) -> str:
+    """``host 1 (its name)``."""
+    return f"host {host}" if _meeting is None else _meeting.describe(host)
+
+
 def is_leader() -> bool:
     """Whether this host writes the run's files."""
     return index() == 0
@@ -332,7 +340,7 @@ def agree(where: str, values: Mapping[str, Any], remedy: str) -> None:
     """
     if _meeting is None:
         return
-    everyone = gather(f"agree on {where}", dict(values))
+    everyone = gather("agreement", dict(values))
     for name in dict.fromkeys(name for one in everyone for name in one):
         shown = [json.dumps(one.get(name), sort_keys=True) for one in everyone]
         if len(set(shown)) > 1:
@@ -371,6 +379,10 @@ def joined(options: Any) -> Iterator[None]:
     try:
         meeting.join()
         _meeting = meeting
+        logger.info("%d hosts: %s", settings.count, ", ".join(meeting.names))
+        if settings.index != 0:  # the others compute the same: once is enough
+            logger.info("host 0 tells of the run")
+            logger.setLevel(logging.WARNING)
         agree(
             "--num_hosts",
             {"versions": _versions(), "script": os.path.basename(sys.argv[0])},

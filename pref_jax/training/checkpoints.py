@@ -22,8 +22,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from pref_jax import hosts
 from pref_jax.errors import InputError, RunError
 from pref_jax.files import plain, sync, write_durably
+from pref_jax.mesh import place
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +76,7 @@ class Checkpoints:
         self._infos: dict[int, dict[str, Any]] = {}
         if not read_only:
             self._clean()
+            hosts.barrier("clean checkpoints")
 
     # Writing.
 
@@ -108,7 +111,7 @@ class Checkpoints:
             before()
         self.wait()
         described = plain(info)
-        if step in self.steps():
+        if hosts.on_leader("checkpoint", lambda: step in self.steps()):
             self._renew_info(step, described)
             return False
         import orbax.checkpoint as ocp
@@ -366,7 +369,7 @@ class Checkpoints:
             else:
                 empty = np.zeros(leaf.shape, leaf.dtype)
                 sharding = _sharding(leaf)
-                leaves.append(empty if sharding is None else jax.device_put(empty, sharding))
+                leaves.append(empty if sharding is None else place(empty, sharding))
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
         return state, manifest.info
 
