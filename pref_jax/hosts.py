@@ -28,8 +28,6 @@ import socket
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
@@ -262,6 +260,8 @@ def _find_tpu_metadata() -> tuple[str, int, int] | None:
 
 
 def _read_metadata(name: str) -> str:
+    import urllib.request
+
     request = urllib.request.Request(_METADATA + name, headers={"Metadata-Flavor": "Google"})
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with direct.open(request, timeout=5) as answer:
@@ -509,11 +509,11 @@ class Meeting:
         if hello is None or hello.get("magic") != _MAGIC:
             link.close()  # something else that knocks at ports
             return
-        number, name = hello.get("host"), str(hello.get("name"))
+        number, name = int(hello.get("host", -1)), str(hello.get("name"))
         wrong = None
         if hello.get("hosts") != settings.count:
             wrong = f"was told of {hello.get('hosts')} hosts, and host 0 of {settings.count}"
-        elif not isinstance(number, int) or not 0 < number < settings.count:
+        elif not 0 < number < settings.count:
             wrong = f"has no number from 1 to {settings.count - 1}"
         elif number in self._links and self._links[number].is_open():
             wrong = f"is there already, on {self.names[number]}"

@@ -228,3 +228,18 @@ def read_lines(workdir: Path) -> list[dict[str, Any]]:
         {name: value for name, value in row.items() if name not in UNSTEADY}
         for row in read_metrics(workdir / "metrics.jsonl")
     ]
+
+
+def read_arrays(workdir: Path, step: int) -> dict[str, Any]:
+    """All arrays of a checkpoint: parameters, both moments, counters."""
+    import jax
+
+    from pref_jax.training.checkpoints import Checkpoints
+
+    manifest = json.loads((workdir / "checkpoints" / str(step) / "manifest.json").read_text())
+    shapes = {
+        name: jax.ShapeDtypeStruct(tuple(shape), dtype)
+        for name, (shape, dtype) in manifest["leaves"].items()
+    }
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=1, read_only=True)
+    return checkpoints.restore(step, shapes)[0]

@@ -75,8 +75,9 @@ class Checkpoints:
         self._pending: _Manifest | None = None
         self._infos: dict[int, dict[str, Any]] = {}
         if not read_only:
-            self._clean()
-            hosts.barrier("clean checkpoints")
+            hosts.on_leader("clean checkpoints", self._clean)
+            if not hosts.is_leader():  # finds what the leader has left
+                self._clean()
 
     # Writing.
 
@@ -189,7 +190,7 @@ class Checkpoints:
         """The newest checkpoint that is whole; None where there is none.
 
         A damaged one is skipped with a warning and moved to ``damaged/`` beside ``directory``.
-        Several processes agree on the newest step that is whole for all of them.
+        Several hosts agree on the newest step that is whole for all of them.
 
         Args:
           abstract_state: as for `restore`.
@@ -204,7 +205,7 @@ class Checkpoints:
         newest = _NONE_NEWER
         while True:
             step = self._newest_whole(newest)
-            steps = _gather(step)
+            steps = hosts.gather("newest whole checkpoint", step)
             newest = min(steps)
             if max(steps) == newest:
                 break
@@ -212,7 +213,7 @@ class Checkpoints:
             return None
         if not self._read_only and jax.process_index() == 0:
             for later in [step for step in self.steps() if step > newest]:
-                self._set_aside(later, "another process does not have it")
+                self._set_aside(later, "another host does not have it")
         self._drop_manager()  # in every process: making a new one is a meeting point of all
         try:
             state, info = self._read(newest, abstract_state)
@@ -567,15 +568,6 @@ def _compare_leaves(
                 f"{name} is {dtype}{list(shape)} and this run wants {leaf.dtype}{list(leaf.shape)}",
                 remedy,
             )
-
-
-def _gather(step: int) -> list[int]:
-    """The value of ``step`` in every process."""
-    if jax.process_count() == 1:
-        return [step]
-    from jax.experimental import multihost_utils
-
-    return [int(one) for one in np.ravel(multihost_utils.process_allgather(np.int32(step)))]
 
 
 def _reason(error: BaseException) -> str:
