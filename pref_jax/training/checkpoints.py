@@ -199,7 +199,8 @@ class Checkpoints:
           step, state and info.
 
         Raises:
-          InputError: the checkpoint holds another state than ``abstract_state``.
+          InputError: the checkpoint holds another state than ``abstract_state``, or there are
+            some that only a part of the hosts can see.
         """
         self.wait()
         newest = _NONE_NEWER
@@ -210,6 +211,13 @@ class Checkpoints:
             if max(steps) == newest:
                 break
         if newest < 0:
+            if max(steps) >= 0:
+                blind = [hosts.describe(host) for host, seen in enumerate(steps) if seen < 0]
+                raise InputError(
+                    str(self.directory),
+                    f"{' and '.join(blind)} can see no whole checkpoint, and others see {max(steps)}",
+                    "give all hosts a --workdir on one shared disk",
+                )
             return None
         if not self._read_only and jax.process_index() == 0:
             for later in [step for step in self.steps() if step > newest]:

@@ -32,7 +32,7 @@ _TRACES = ("checkpoints", "metrics.jsonl", "result.json")
 _STARTED = ("model.json", "environment.json", "baselines.json", "tokenizer")
 _LOGS = (".log", ".out", ".err", "log.txt")  # endings of what a user's redirection writes
 _LONGEST_COMMAND = 120
-_DISK_DELAY = 15.0  # seconds after which every host sees what one wrote to a shared disk
+_DISK_DELAY = 5.0  # seconds after which every host sees what one wrote to a shared disk
 _PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "clu", "datasets"),
     *("pyarrow", "tokenizers", "tensorflow", "tensorflow-text"),
@@ -337,6 +337,7 @@ def describe_environment(
 
 def _holds(path: Path, text: str) -> bool:
     try:
+        os.listdir(path.parent)  # a network disk looks at a folder again that is opened
         return path.read_text() == text
     except (OSError, ValueError):
         return False
