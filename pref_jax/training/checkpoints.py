@@ -215,7 +215,7 @@ class Checkpoints:
                 blind = [hosts.describe(host) for host, seen in enumerate(steps) if seen < 0]
                 raise InputError(
                     str(self.directory),
-                    f"{' and '.join(blind)} can see no whole checkpoint, and others see {max(steps)}",
+                    f"{' and '.join(blind)} can see no whole checkpoint, others see {max(steps)}",
                     "give all hosts a --workdir on one shared disk",
                 )
             return None
