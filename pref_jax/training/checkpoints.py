@@ -207,17 +207,17 @@ class Checkpoints:
         while True:
             step = self._newest_whole(newest)
             steps = hosts.gather("newest whole checkpoint", step)
-            newest = min(steps)
-            if max(steps) == newest:
-                break
-        if newest < 0:
-            if max(steps) >= 0:
+            if min(steps) < 0 <= max(steps):
                 blind = [hosts.describe(host) for host, seen in enumerate(steps) if seen < 0]
                 raise InputError(
                     str(self.directory),
                     f"{' and '.join(blind)} can see no whole checkpoint, others see {max(steps)}",
                     "give all hosts a --workdir on one shared disk",
                 )
+            newest = min(steps)
+            if max(steps) == newest:
+                break
+        if newest < 0:
             return None
         if not self._read_only and jax.process_index() == 0:
             for later in [step for step in self.steps() if step > newest]:
