@@ -68,7 +68,7 @@ def launch(
     logs = [folder / f"log{host}" for host in (0, 1)]
     processes = []
     for host, log in enumerate(logs):
-        log.unlink(missing_ok=True)
+        log.write_text("")
         flags = [f"--coordinator={place}", "--num_hosts=2", f"--host={host}"]
         flags += [f"--host_timeout={timeout}", *filter(None, [own[host]])]
         processes.append(start(log, name, *shared, *flags, devices=4, xla_flags=QUICKLY))
