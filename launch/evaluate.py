@@ -3,29 +3,36 @@
 Examples:
   python launch/evaluate.py --workdir=runs/quickstart --data=test_labelled.csv
   python launch/evaluate.py --workdir=runs/mine --data=valid.csv --output=valid.json --swap_average
+
+Several hosts share the work: the same command on each; host 0 prints and writes.
+  python launch/evaluate.py --workdir=runs/mine --data=valid.csv \
+      --coordinator=10.0.0.1:8476 --num_hosts=2 --host=0   # and --host=1 on the second one
 """
 
 from absl import flags
 
-from pref_jax import command
+from pref_jax import command, hosts
 
 flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 flags.DEFINE_string("data", None, "Labelled CSV, CSV.gz or Parquet.", required=True)
 flags.DEFINE_string("output", None, "JSON file to write.")
 flags.DEFINE_bool("swap_average", False, "Score both orders of the responses and average.")
 flags.DEFINE_string("base", None, "Where the frozen weights of the run are now, if they moved.")
+hosts.define_flags()
 
 
 def main(options):
-    from pref_jax.evaluation.commands import evaluate
+    with hosts.joined(options):
+        from pref_jax.evaluation.commands import evaluate
 
-    evaluate(
-        options.workdir,
-        options.data,
-        output=options.output,
-        swap_average=options.swap_average,
-        base=options.base,
-    )
+        hosts.start_jax()
+        evaluate(
+            options.workdir,
+            options.data,
+            output=options.output,
+            swap_average=options.swap_average,
+            base=options.base,
+        )
 
 
 if __name__ == "__main__":

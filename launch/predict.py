@@ -3,29 +3,36 @@
 Examples:
   python launch/predict.py --workdir=runs/quickstart --data=test.csv --output=submission.csv
   python launch/predict.py --workdir=runs/mine --data=test.csv --output=out.csv --swap_average
+
+Several hosts share the work: the same command on each; host 0 writes the file.
+  python launch/predict.py --workdir=runs/mine --data=test.csv --output=submission.csv \
+      --coordinator=10.0.0.1:8476 --num_hosts=2 --host=0   # and --host=1 on the second one
 """
 
 from absl import flags
 
-from pref_jax import command
+from pref_jax import command, hosts
 
 flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 flags.DEFINE_string("data", None, "CSV, CSV.gz or Parquet; labels are not needed.", required=True)
 flags.DEFINE_string("output", None, "The submission file to write.", required=True)
 flags.DEFINE_bool("swap_average", False, "Score both orders of the responses and average.")
 flags.DEFINE_string("base", None, "Where the frozen weights of the run are now, if they moved.")
+hosts.define_flags()
 
 
 def main(options):
-    from pref_jax.evaluation.commands import predict
+    with hosts.joined(options):
+        from pref_jax.evaluation.commands import predict
 
-    predict(
-        options.workdir,
-        options.data,
-        options.output,
-        swap_average=options.swap_average,
-        base=options.base,
-    )
+        hosts.start_jax()
+        predict(
+            options.workdir,
+            options.data,
+            options.output,
+            swap_average=options.swap_average,
+            base=options.base,
+        )
 
 
 if __name__ == "__main__":

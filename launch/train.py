@@ -6,6 +6,12 @@ Examples:
   python launch/train.py --config=configs/parallel_bert.py --config.data.train=train.csv \
       --workdir=runs/mine --config.train.max_hours=8.5
   python launch/train.py --clear_cache
+
+Several hosts train one run together: the same command on each, a --workdir that all of them see,
+and who is who; the first address is host 0's.
+  python launch/train.py --config=configs/quickstart.py --workdir=/shared/mine \
+      --coordinator=10.0.0.1:8476 --num_hosts=2 --host=0   # and --host=1 on the second one
+  python launch/train.py --config=configs/quickstart.py --workdir=/shared/mine --num_hosts=auto
 """
 
 import time
@@ -14,10 +20,11 @@ STARTED = time.monotonic()
 
 from absl import flags  # noqa: E402
 
-from pref_jax import command  # noqa: E402
+from pref_jax import command, hosts  # noqa: E402
 
 flags.DEFINE_string("workdir", None, "Folder of the run; by default runs/ and the config's name.")
 flags.DEFINE_bool("clear_cache", False, "Empty the cache of features and compiled programs.")
+hosts.define_flags()
 
 
 def main(options, config):
@@ -35,13 +42,17 @@ def main(options, config):
     if config is None:
         return
     # The folder is taken before anything heavy is imported: a second run is refused at once.
-    with Workdir(options.workdir or f"runs/{run_name(options.config)}") as workdir:
+    path = options.workdir or f"runs/{run_name(options.config)}"
+    with hosts.joined(options), Workdir(path) as workdir:
+        hosts.start_jax()
         from pref_jax.compilation import keep_compiled_programs
         from pref_jax.training.report import print_result
         from pref_jax.training.run import train
 
         keep_compiled_programs()
-        print_result(workdir.path, train(config, workdir, STARTED))
+        result = train(config, workdir, STARTED)
+        if hosts.is_leader():
+            print_result(workdir.path, result)
 
 
 if __name__ == "__main__":

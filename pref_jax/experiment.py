@@ -22,6 +22,7 @@ from flax import linen as nn
 from flax import traverse_util
 from ml_collections import ConfigDict
 
+from pref_jax import hosts
 from pref_jax import mesh as meshes
 from pref_jax.config import parse_targets
 from pref_jax.data.batches import Geometry, Samples, make_geometry
@@ -368,8 +369,9 @@ class Experiment:
         )
 
     def _shapes(self) -> Any:
-        tokens = jax.ShapeDtypeStruct((1, self.layout.max_length), jnp.int32)
-        pool = jax.ShapeDtypeStruct((1, 1, self.layout.sides), jnp.int32)
+        units = meshes.batch_shards(self.mesh)  # one for each device, as its kernels expect
+        tokens = jax.ShapeDtypeStruct((units, self.layout.max_length), jnp.int32)
+        pool = jax.ShapeDtypeStruct((units, 1, self.layout.sides), jnp.int32)
         return one_tree(jax.eval_shape(self.model.init, jax.random.key(0), *[tokens] * 4, pool))
 
     @functools.cached_property
@@ -476,7 +478,7 @@ class Experiment:
                 base["source"], "its encoder has another shape", "start from a run of this backbone"
             )
         return jax.tree.map(
-            lambda leaf, like: jax.device_put(np.asarray(leaf), like.sharding),
+            lambda leaf, like: meshes.place(np.asarray(leaf), like.sharding),
             run.params["encoder"],
             abstract,
         )
@@ -657,6 +659,12 @@ def load_run(workdir: Path, *, mesh: dict[str, int] | None = None, base: str | N
     experiment = Experiment(config, Backbone(architecture, workdir / _TOKENIZER_FOLDER, origin))
     checkpoints = Checkpoints(workdir / "checkpoints", keep=1, read_only=True)
     step = checkpoints.best_step()
+    if hosts.count() > 1:
+        hosts.agree(
+            str(workdir),
+            {"best checkpoint": step, "its content": _run_digest(workdir)},
+            "let all hosts see the same run, or wait until their copies are complete",
+        )
     if step is None:
         raise InputError(
             str(workdir),

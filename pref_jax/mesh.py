@@ -76,6 +76,18 @@ def batch_sharding(mesh: Mesh, axis: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(None,) * axis, BATCH_AXES))
 
 
+def held(mesh: Mesh, shapes: Sequence[tuple[int, int]]) -> list[frozenset[int]] | None:
+    """Per bucket of ``shapes`` ``(K, B)`` the columns of B on this host's devices; None: all."""
+    if not mesh.is_multi_process:
+        return None
+
+    def columns(units: int) -> frozenset[int]:
+        parts = batch_sharding(mesh, 0).addressable_devices_indices_map((units,)).values()
+        return frozenset(n for part in parts if part for n in range(*part[0].indices(units)))
+
+    return [columns(units) for _, units in shapes]
+
+
 def partition_spec(
     axes: Sequence[str | None], rules: Mapping[str, str | None] = RULES
 ) -> PartitionSpec:

@@ -133,9 +133,12 @@ def refuse(run: Path, data: Path, *words: str) -> None:
     assert sorted(data.parent.rglob("*")) == before
 
 
-def start(log: Path, name: str, *arguments: object, devices: int = 1) -> ForkServerProcess:
+def start(
+    log: Path, name: str, *arguments: object, devices: int = 1, xla_flags: str = ""
+) -> ForkServerProcess:
     """Starts a script in a process of its own, which can be killed; ``log`` gets what it says."""
-    return _fork(_run_script, str(log), devices, name, [str(argument) for argument in arguments])
+    lines = [str(argument) for argument in arguments]
+    return _fork(_run_script, str(log), devices, name, lines, xla_flags=xla_flags)
 
 
 def call_apart(
@@ -154,12 +157,14 @@ def call_apart(
     return {case: command.Outcome(*parts) for case, parts in outcomes.items()}
 
 
-def _fork(target: Callable[..., None], log: str, devices: int, *rest: Any) -> ForkServerProcess:
+def _fork(
+    target: Callable[..., None], log: str, devices: int, *rest: Any, xla_flags: str = ""
+) -> ForkServerProcess:
     """A process forked from a server that has imported the libraries, which saves seconds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     environment = {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {xla_flags}".strip(),
         "PREF_JAX_CACHE": os.environ["PREF_JAX_CACHE"],
     }
     process = context.Process(target=target, args=(log, environment, *rest), daemon=True)
@@ -228,3 +233,18 @@ def read_lines(workdir: Path) -> list[dict[str, Any]]:
         {name: value for name, value in row.items() if name not in UNSTEADY}
         for row in read_metrics(workdir / "metrics.jsonl")
     ]
+
+
+def read_arrays(workdir: Path, step: int) -> dict[str, Any]:
+    """All arrays of a checkpoint: parameters, both moments, counters."""
+    import jax
+
+    from pref_jax.training.checkpoints import Checkpoints
+
+    manifest = json.loads((workdir / "checkpoints" / str(step) / "manifest.json").read_text())
+    shapes = {
+        name: jax.ShapeDtypeStruct(tuple(shape), dtype)
+        for name, (shape, dtype) in manifest["leaves"].items()
+    }
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=1, read_only=True)
+    return checkpoints.restore(step, shapes)[0]

@@ -13,7 +13,7 @@ inside the update before they are dealt out to devices: a result does not depend
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
@@ -190,10 +190,20 @@ def allocate(shape: tuple[int, ...], length: int, rows: int, sides: int) -> Pack
     )
 
 
+# Per bucket the columns of the unit axis that live on this host's devices; None: all.
+Held = Sequence[Container[int]]
+
+
 def write_unit(
-    packed: Packed[np.ndarray], at: tuple[int, ...], unit_id: int, unit: Unit, samples: Samples
+    packed: Packed[np.ndarray],
+    at: tuple[int, ...],
+    unit_id: int,
+    unit: Unit,
+    samples: Samples,
+    *,
+    read: bool = True,
 ) -> None:
-    """Writes one unit's rows into ``packed[at]``."""
+    """Writes one unit's rows into ``packed[at]``; without ``read`` all but their tokens."""
     input_ids, token_types, positions, segment_ids = (field[at] for field in packed[:4])
     packed.unit_ids[at] = unit_id
     start, segment = 0, 0
@@ -202,6 +212,8 @@ def write_unit(
         packed.labels[at][slot] = samples.labels[sample]
         packed.weights[at][slot] = 1.0
         packed.tie_allowed[at][slot] = samples.tie_allowed[sample]
+        if not read:
+            continue
         for side in range(samples.sides):
             ids = samples.sequence(sample, side)
             stop = start + len(ids)
@@ -240,6 +252,8 @@ class BatchPlan:
       geometry: shapes of units.
       shards: devices that share the batch axis.
       microbatch_size: sequences of ``max_length`` per device and forward pass.
+      held: the units whose tokens this host reads. Where a unit goes follows from the lengths of
+        all rows, so hosts agree without a word.
     """
 
     samples: Samples
@@ -250,6 +264,7 @@ class BatchPlan:
     geometry: Geometry
     shards: int
     microbatch_size: int
+    held: Held | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -299,7 +314,8 @@ class BatchPlan:
         for unit_id, unit in enumerate(units):
             packed = buckets[unit.bucket]
             at = divmod(used[unit.bucket], packed.unit_ids.shape[1])
-            write_unit(packed, at, unit_id, unit, self.samples)
+            read = self.held is None or at[1] in self.held[unit.bucket]
+            write_unit(packed, at, unit_id, unit, self.samples, read=read)
             used[unit.bucket] += 1
         counts = [
             -(-number // packed.unit_ids.shape[1])
@@ -327,12 +343,17 @@ def update_shapes(
 
 
 def prediction_batches(
-    samples: Samples, numbers: np.ndarray, geometry: Geometry, shapes: Sequence[tuple[int, int]]
+    samples: Samples,
+    numbers: np.ndarray,
+    geometry: Geometry,
+    shapes: Sequence[tuple[int, int]],
+    held: Held | None = None,
 ) -> Iterator[Update[np.ndarray]]:
     """Packs a whole file for prediction, ``shapes`` ``(K, B)`` units of each length at a time.
 
     Packing over thousands of rows at once leaves hardly any padding; a window of rows at a time
-    keeps memory flat. Only the last batch has microbatches that are not full.
+    keeps memory flat. Only the last batch has microbatches that are not full. With ``held`` the
+    tokens of other units are not read.
     """
     waiting: list[list[Unit]] = [[] for _ in geometry.unit_lengths]
 
@@ -348,7 +369,9 @@ def prediction_batches(
             taken = waiting[bucket][: count * shape[1]]
             del waiting[bucket][: count * shape[1]]
             for number, unit in enumerate(taken):
-                write_unit(packed, divmod(number, shape[1]), number, unit, samples)
+                at = divmod(number, shape[1])
+                read = held is None or at[1] in held[bucket]
+                write_unit(packed, at, number, unit, samples, read=read)
             buckets.append(packed)
         return Update(tuple(buckets), np.array(counts, np.int32), np.array(1.0, np.float32))
 

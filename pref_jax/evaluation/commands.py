@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from pref_jax import compilation
+from pref_jax import compilation, hosts
 from pref_jax.data.arena import Comparisons, read_comparisons
 from pref_jax.evaluation.baselines import Baselines
 from pref_jax.evaluation.predict import to_probabilities
@@ -28,7 +28,9 @@ def score(run: Run, comparisons: Comparisons, *, swap_average: bool = False) -> 
     orders = 2 if swap_average else 1
     samples = experiment.make_samples(comparisons, orders=orders)
     rows = len(comparisons)
-    with Progress(rows * orders, unit="row", description="score") as progress:
+    with Progress(
+        rows * orders, unit="row", description="score", shown=hosts.is_leader()
+    ) as progress:
         done = 0
 
         def report(more: int) -> None:
@@ -53,11 +55,14 @@ def predict(
     Raises:
       InputError: anything about workdir, data or output; nothing is written then.
     """
-    check_output_file(output, inputs=(data,), outside=workdir)
+    hosts.on_leader("output", lambda: _check_output(output, data, workdir))
     compilation.keep_compiled_programs()
     comparisons = read_comparisons(data, labelled=False)
+    _agree_on_data(data, comparisons, swap_average)
     run = load_run(Path(workdir), base=base)
     probabilities = score(run, comparisons, swap_average=swap_average)
+    if not hosts.is_leader():
+        return
     write_submission(Path(output), comparisons.ids, probabilities)
     print(f"{len(comparisons)} rows: {output}")
 
@@ -72,20 +77,35 @@ def evaluate(
     Raises:
       InputError: anything about workdir, data or output; nothing is written then.
     """
-    if output is not None:
-        check_output_file(output, inputs=(data,), outside=workdir)
+    hosts.on_leader("output", lambda: _check_output(output, data, workdir))
     compilation.keep_compiled_programs()
     comparisons = read_comparisons(data, labelled=True)
+    _agree_on_data(data, comparisons, swap_average)
     run = load_run(Path(workdir), base=base)
     # The digits that `predict` writes, ties not yet taken away: what is scored is that file.
     probabilities = round_probabilities(score(run, comparisons, swap_average=swap_average))
     baselines = Baselines.load(run.workdir / "baselines.json")
     result = Predictions.collect(comparisons, probabilities).evaluate(baselines)
+    if not hosts.is_leader():
+        return result
     print_evaluation(result)
     if output is not None:
         write_json(Path(output), result)
         print(f"written: {output}")
     return result
+
+
+def _check_output(output: str | None, data: str, workdir: str) -> None:
+    if output is not None:
+        check_output_file(output, inputs=(data,), outside=workdir)
+
+
+def _agree_on_data(data: str, comparisons: Comparisons, swap_average: bool) -> None:
+    hosts.agree(
+        data,
+        {"content": comparisons.digest, "--swap_average": swap_average},
+        "give every host the same file and flags",
+    )
 
 
 def print_evaluation(result: dict[str, Any]) -> None:

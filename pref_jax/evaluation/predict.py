@@ -95,7 +95,10 @@ class Predictor:
                 report(done)
 
         # One batch runs while the next one is packed.
-        for update in prediction_batches(samples, numbers, self._geometry, self.shapes):
+        batches = prediction_batches(
+            samples, numbers, self._geometry, self.shapes, meshes.held(self._mesh, self.shapes)
+        )
+        for update in batches:
             under_way.append((update, compiled(params, place_update(update, self._mesh))))
             if len(under_way) > 1:
                 collect()

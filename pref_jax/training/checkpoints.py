@@ -22,8 +22,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from pref_jax import hosts
 from pref_jax.errors import InputError, RunError
 from pref_jax.files import plain, sync, write_durably
+from pref_jax.mesh import place
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +75,9 @@ class Checkpoints:
         self._pending: _Manifest | None = None
         self._infos: dict[int, dict[str, Any]] = {}
         if not read_only:
-            self._clean()
+            hosts.on_leader("clean checkpoints", self._clean)
+            if not hosts.is_leader():  # finds what the leader has left
+                self._clean()
 
     # Writing.
 
@@ -108,7 +112,7 @@ class Checkpoints:
             before()
         self.wait()
         described = plain(info)
-        if step in self.steps():
+        if hosts.on_leader("checkpoint", lambda: step in self.steps()):
             self._renew_info(step, described)
             return False
         import orbax.checkpoint as ocp
@@ -186,7 +190,7 @@ class Checkpoints:
         """The newest checkpoint that is whole; None where there is none.
 
         A damaged one is skipped with a warning and moved to ``damaged/`` beside ``directory``.
-        Several processes agree on the newest step that is whole for all of them.
+        Several hosts agree on the newest step that is whole for all of them.
 
         Args:
           abstract_state: as for `restore`.
@@ -195,13 +199,21 @@ class Checkpoints:
           step, state and info.
 
         Raises:
-          InputError: the checkpoint holds another state than ``abstract_state``.
+          InputError: the checkpoint holds another state than ``abstract_state``, or there are
+            some that only a part of the hosts can see.
         """
         self.wait()
         newest = _NONE_NEWER
         while True:
             step = self._newest_whole(newest)
-            steps = _gather(step)
+            steps = hosts.gather("newest whole checkpoint", step)
+            if min(steps) < 0 <= max(steps):
+                blind = [hosts.describe(host) for host, seen in enumerate(steps) if seen < 0]
+                raise InputError(
+                    str(self.directory),
+                    f"{' and '.join(blind)} can see no whole checkpoint, others see {max(steps)}",
+                    "give all hosts a --workdir on one shared disk",
+                )
             newest = min(steps)
             if max(steps) == newest:
                 break
@@ -209,7 +221,7 @@ class Checkpoints:
             return None
         if not self._read_only and jax.process_index() == 0:
             for later in [step for step in self.steps() if step > newest]:
-                self._set_aside(later, "another process does not have it")
+                self._set_aside(later, "another host does not have it")
         self._drop_manager()  # in every process: making a new one is a meeting point of all
         try:
             state, info = self._read(newest, abstract_state)
@@ -321,6 +333,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             with contextlib.suppress(OSError):
                 self._remove_unfinished()
+        hosts.raise_loss()  # where a host is gone, that is why
         return RunError(
             str(self.directory / str(step)),
             f"the checkpoint could not be written ({_reason(error)})",
@@ -358,6 +371,7 @@ class Checkpoints:
                 ),
             ).state
         except Exception as error:
+            hosts.raise_loss()  # a host that is gone is no damage
             raise _Damage(_reason(error)) from error
         leaves = []
         for name, leaf in wanted.items():
@@ -366,7 +380,7 @@ class Checkpoints:
             else:
                 empty = np.zeros(leaf.shape, leaf.dtype)
                 sharding = _sharding(leaf)
-                leaves.append(empty if sharding is None else jax.device_put(empty, sharding))
+                leaves.append(empty if sharding is None else place(empty, sharding))
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
         return state, manifest.info
 
@@ -564,15 +578,6 @@ def _compare_leaves(
                 f"{name} is {dtype}{list(shape)} and this run wants {leaf.dtype}{list(leaf.shape)}",
                 remedy,
             )
-
-
-def _gather(step: int) -> list[int]:
-    """The value of ``step`` in every process."""
-    if jax.process_count() == 1:
-        return [step]
-    from jax.experimental import multihost_utils
-
-    return [int(one) for one in np.ravel(multihost_utils.process_allgather(np.int32(step)))]
 
 
 def _reason(error: BaseException) -> str:

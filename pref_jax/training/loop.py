@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from pref_jax import hosts
 from pref_jax.data.batches import BatchPlan, Update
 from pref_jax.errors import RunError
 from pref_jax.training.checkpoints import Checkpoints
@@ -146,7 +147,9 @@ class TrainingLoop:
         upcoming = self._place(next(updates))
         with (
             StopSignals() as signals,
-            Progress(limits.total_steps, initial=step, description="train") as self._progress,
+            Progress(
+                limits.total_steps, initial=step, description="train", shown=hosts.is_leader()
+            ) as self._progress,
         ):
             self._mark = time.monotonic()
             while step < limits.total_steps:
@@ -157,9 +160,9 @@ class TrainingLoop:
                     upcoming = self._place(next(updates))
                 self._record(previous)
                 last = step == limits.total_steps
-                stopped = None if last else signals.requested
-                if stopped is None and not last and self._time_is_up():
-                    stopped = "max_hours"
+                if not last:
+                    # One message per update; all hosts stop after the same one.
+                    stopped = hosts.first("stop", self._wish(signals))
                 evaluate = last or step % limits.eval_every == 0
                 # The wall-clock limit ends a run: it leaves an evaluated model behind.
                 evaluate = evaluate or stopped == "max_hours"
@@ -170,6 +173,12 @@ class TrainingLoop:
                     break
         self._checkpoints.wait()
         return state, stopped
+
+    def _wish(self, signals: StopSignals) -> str | None:
+        """Why this host wants to stop now."""
+        if signals.requested is not None:
+            return signals.requested
+        return "max_hours" if self._time_is_up() else None
 
     def _record(self, entry: tuple[int, dict[str, jax.Array]] | None) -> None:
         """Fetches one update's metrics, checks and writes them."""
@@ -205,7 +214,8 @@ class TrainingLoop:
         history = self._history
         if evaluate:
             started = time.monotonic()
-            values = self._evaluate(state)
+            # Summed on each host; the last bit decides which checkpoint is the best.
+            values = hosts.broadcast("evaluation", dict(self._evaluate(state)))
             self._eval_seconds = time.monotonic() - started
             loss = float(values["loss"])
             self._metrics.write(step, "valid", values)

@@ -1,5 +1,7 @@
 """What a waiting person sees, and how a run is asked to stop."""
 
+import io
+import math
 import signal
 import sys
 import time
@@ -19,6 +21,7 @@ class Progress:
       description: what is being done.
       every_seconds: least time between two plain lines.
       stream: where to write, where that is settled by the caller.
+      shown: false where another host shows the same.
     """
 
     def __init__(
@@ -30,9 +33,13 @@ class Progress:
         description: str = "train",
         every_seconds: float = 30.0,
         stream: TextIO | None = None,
+        shown: bool = True,
     ) -> None:
         self._total, self._unit, self._description = total, unit, description
         self._every_seconds = every_seconds
+        if not shown:
+            self._every_seconds = math.inf
+            stream = io.StringIO()
         if stream is None:
             stream = sys.stderr if sys.stderr.isatty() else sys.stdout
         self._stream = stream

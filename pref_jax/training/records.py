@@ -99,6 +99,25 @@ class MetricLog:
                 self._curves.close()
 
 
+class UnwrittenLog(MetricLog):
+    """The log of a host that leaves the writing to another one."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def drop_after(self, step: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a ``metrics.jsonl``, also while a run is writing it."""
     rows = []

@@ -1,5 +1,6 @@
 """``launch/train.py``: from a config and a workdir to a trained, evaluated run."""
 
+import dataclasses
 import logging
 import math
 import threading
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from pref_jax import hosts
 from pref_jax import mesh as meshes
 from pref_jax.config import training_data
 from pref_jax.data.arena import Comparisons, read_comparisons
@@ -28,15 +30,15 @@ from pref_jax.evaluation.predict import (
 from pref_jax.evaluation.predictions import FILE as PREDICTIONS_FILE
 from pref_jax.evaluation.predictions import Predictions
 from pref_jax.evaluation.submission import write_submission
-from pref_jax.experiment import Experiment, find_backbone, load_frozen, log_parts
-from pref_jax.files import write_json
+from pref_jax.experiment import Backbone, Experiment, find_backbone, load_frozen, log_parts
+from pref_jax.files import plain, write_json
 from pref_jax.training.checkpoints import Checkpoints
 from pref_jax.training.loop import History, Limits, TrainingLoop
 from pref_jax.training.optimizer import make_optimizer, make_schedule
-from pref_jax.training.records import MetricLog
+from pref_jax.training.records import MetricLog, UnwrittenLog
 from pref_jax.training.state import TrainState, abstract_state, create_state, merge_parameters
 from pref_jax.training.step import abstract_update, make_train_step
-from pref_jax.training.workdir import FREE_FIELDS, Workdir, describe_environment
+from pref_jax.training.workdir import FREE_FIELDS, Workdir, describe_environment, flatten
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +98,8 @@ class CompiledStep:
             return step(state, frozen, update)
 
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
-        self._function = jax.jit(counted, donate_argnums=0, out_shardings=(shardings, None))
+        # Replicated, so that every host can read them.
+        self._function = jax.jit(counted, donate_argnums=0, out_shardings=(shardings, scalar))
         self._compiled: Any = None
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
@@ -194,19 +197,26 @@ def train(config: ConfigDict, workdir: Workdir, started: float) -> dict[str, Any
     path = workdir.path
     data = TrainingData(config)
     backbone = find_backbone(config, data.train)
+    _agree(config, data, backbone)
     experiment = Experiment(config, backbone)
     steps_per_epoch = -(-len(data.train_rows) // config.train.batch_size)
     total_steps = count_steps(config, steps_per_epoch)
     # A new folder gets no config of weights that turn out to be broken or of another model, so
     # that the corrected command works in it.
     _ = experiment.tokenizer
-    base = None if workdir.config_path.exists() else experiment.load_base()
-    # Data and weights may have moved; their hashes are compared instead.
-    places = ("data.train", "data.valid", "model.pretrained")
-    workdir.settle_config(config.to_dict(), free=(*FREE_FIELDS, *places))
-    experiment.write_model(path, {"train": data.train.digest, "valid": data.valid.digest})
-    workdir.write_environment(describe_environment(jax.devices()))
-    result = workdir.read_result()
+    new = hosts.on_leader("new run", lambda: not workdir.config_path.exists())
+    base = experiment.load_base() if new else None
+
+    def settle() -> dict[str, Any] | None:
+        # Data and weights may have moved; their hashes are compared instead.
+        places = ("data.train", "data.valid", "model.pretrained")
+        workdir.settle_config(config.to_dict(), free=(*FREE_FIELDS, *places))
+        experiment.write_model(path, {"train": data.train.digest, "valid": data.valid.digest})
+        environment = describe_environment(jax.devices(), process_count=hosts.count())
+        workdir.write_environment(environment)
+        return workdir.read_result()
+
+    result = hosts.on_leader("settled run", settle)
     if result is not None and result.get("steps") == total_steps:
         logger.info("the run in %s is finished: %d updates", path, total_steps)
         return result
@@ -224,7 +234,8 @@ def train(config: ConfigDict, workdir: Workdir, started: float) -> dict[str, Any
         data.train.labels[data.train_rows],
         data.train.tie_allowed[data.train_rows],
     )
-    baselines.save(path / "baselines.json")
+    if hosts.is_leader():
+        baselines.save(path / "baselines.json")
 
     abstract = compiled.abstract
     executable = compiled.executable
@@ -236,7 +247,11 @@ def train(config: ConfigDict, workdir: Workdir, started: float) -> dict[str, Any
     predictor = experiment.make_predictor()
     with (
         Checkpoints(workdir.checkpoints_path, keep=config.checkpoint.keep) as checkpoints,
-        MetricLog(path, tensorboard=config.logging.tensorboard) as metrics,
+        (
+            MetricLog(path, tensorboard=config.logging.tensorboard)
+            if hosts.is_leader()
+            else UnwrittenLog()
+        ) as metrics,
     ):
         # Resume; else start from the base. Nothing of a base is read where a checkpoint has it.
         restored = checkpoints.restore_latest(abstract)
@@ -290,10 +305,36 @@ def train(config: ConfigDict, workdir: Workdir, started: float) -> dict[str, Any
     )
 
 
+# Where things lie, which may differ between hosts; their content may not.
+_PLACES = ("data.train", "data.valid", "data.annotations", "data.soft_labels", "model.pretrained")
+_OWN = ("logging", "train.max_hours")  # the leader's counts, or the first to be over
+
+
+def _agree(config: ConfigDict, data: TrainingData, backbone: Backbone) -> None:
+    """Refuses hosts whose configs, data or weights would not make one run."""
+    fields = {
+        name: value
+        for name, value in flatten(plain(config.to_dict()))
+        if not any(name == free or name.startswith(f"{free}.") for free in (*_PLACES, *_OWN))
+    }
+    hosts.agree("--config", fields, "start the same command on every host")
+    hosts.agree(
+        training_data(config),
+        {"data.train": data.train.digest, "data.valid": data.valid.digest},
+        "give every host the same files",
+    )
+    identity = {name: value for name, value in backbone.base.items() if name != "source"}
+    hosts.agree(
+        "--config.model.pretrained",
+        {"base": identity, "architecture": dataclasses.asdict(backbone.architecture)},
+        "give every host the same weights",
+    )
+
+
 def make_plan(experiment: Experiment, samples: Samples, rows: np.ndarray) -> BatchPlan:
     """The batch plan of a config."""
     config = experiment.config
-    return BatchPlan(
+    plan = BatchPlan(
         samples=samples,
         rows=rows,
         batch_size=config.train.batch_size,
@@ -303,6 +344,7 @@ def make_plan(experiment: Experiment, samples: Samples, rows: np.ndarray) -> Bat
         shards=meshes.batch_shards(experiment.mesh),
         microbatch_size=experiment.microbatch_size,
     )
+    return dataclasses.replace(plan, held=meshes.held(experiment.mesh, plan.shapes()))
 
 
 class _Evaluator:
@@ -352,7 +394,10 @@ def _finish(
     compiled: CompiledStep,
     predictor: Predictor,
 ) -> dict[str, Any]:
-    """Writes what a finished run leaves behind; ``result.json`` comes last."""
+    """Writes what a finished run leaves behind; ``result.json`` comes last.
+
+    All hosts compute the same here, and the leader writes.
+    """
     temperature = 1.0
     if config.eval.calibrate:
         assert evaluator.logits is not None
@@ -361,11 +406,13 @@ def _finish(
             data.valid.labels[data.valid_rows],
             data.valid.tie_allowed[data.valid_rows],
         )
-        write_json(workdir.path / "calibration.json", {"temperature": temperature})
+        if hosts.is_leader():
+            write_json(workdir.path / "calibration.json", {"temperature": temperature})
     probabilities = evaluator.probabilities(temperature)
     predictions = Predictions.collect(data.valid, probabilities, data.valid_rows)
-    predictions.write(workdir.path / PREDICTIONS_FILE)
-    if config.data.fold is not None:
+    if hosts.is_leader():
+        predictions.write(workdir.path / PREDICTIONS_FILE)
+    if config.data.fold is not None and hosts.is_leader():
         write_submission(workdir.path / "out_of_fold.csv", predictions.ids, probabilities)
     valid = predictions.evaluate(baselines)
     result = {
@@ -380,7 +427,8 @@ def _finish(
         "train_seconds": history.train_seconds,
         "compilations": {"train": compiled.compilations, "predict": predictor.compilations},
     }
-    workdir.write_result(result)
+    if hosts.is_leader():
+        workdir.write_result(result)
     return result
 
 

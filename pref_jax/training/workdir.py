@@ -13,11 +13,13 @@ import platform
 import shlex
 import socket
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from pref_jax import hosts
 from pref_jax.errors import InputError, shorten
 from pref_jax.files import plain, read_json, write_json
 
@@ -30,6 +32,7 @@ _TRACES = ("checkpoints", "metrics.jsonl", "result.json")
 _STARTED = ("model.json", "environment.json", "baselines.json", "tokenizer")
 _LOGS = (".log", ".out", ".err", "log.txt")  # endings of what a user's redirection writes
 _LONGEST_COMMAND = 120
+_DISK_DELAY = 5.0  # seconds after which every host sees what one wrote to a shared disk
 _PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "clu", "datasets"),
     *("pyarrow", "tokenizers", "tensorflow", "tensorflow-text"),
@@ -40,11 +43,12 @@ class Workdir:
     """A run's folder, held by one process at a time.
 
     ``with Workdir(path) as workdir:`` makes the folder where it is missing and takes it; the
-    kernel gives it back however the process ends. Reading needs no ``with``.
+    kernel gives it back however the process ends. Reading needs no ``with``. Of several hosts the
+    leader takes the folder, and the others look whether it is the same one that they see.
 
     Raises:
-      InputError: the path is a file, cannot be written, holds something else than a run, or is
-        held by another process, which is then named.
+      InputError: the path is a file, cannot be written, holds something else than a run, is
+        held by another process, which is then named, or is not the same folder on all hosts.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -65,7 +69,13 @@ class Workdir:
         return self.path / "result.json"
 
     def __enter__(self) -> Self:
-        self.acquire()
+        if hosts.is_leader():
+            self.acquire()
+        try:
+            self._refuse_unshared()
+        except BaseException:
+            self.release()
+            raise
         return self
 
     def __exit__(
@@ -157,6 +167,24 @@ class Workdir:
         os.close(self._lock)
         self._lock = None
 
+    def _refuse_unshared(self) -> None:
+        """Hosts write one checkpoint together, so they need one folder: the leader's lock file."""
+        if hosts.count() == 1:
+            return
+        path = self.path / ".lock"
+        wanted = hosts.on_leader("workdir", path.read_text)
+        deadline = time.monotonic() + _DISK_DELAY
+        while not (found := _holds(path, wanted)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        blind = [n for n, sees in enumerate(hosts.gather("shared workdir", found)) if not sees]
+        if blind:
+            names = " and ".join(hosts.describe(host) for host in blind)
+            raise InputError(
+                str(self.path),
+                f"{names} cannot see there what {hosts.describe(0)} has written",
+                "give all hosts a --workdir on one shared disk",
+            )
+
     def _refuse_vanished(self, lock: int) -> None:
         """A holder that leaves an empty folder removes it; a lock on its file locks nothing."""
         try:
@@ -243,7 +271,7 @@ def compare_config(
     Raises:
       InputError: names every field that differs, with both values.
     """
-    before, after = dict(_flatten(plain(saved))), dict(_flatten(plain(new)))
+    before, after = dict(flatten(plain(saved))), dict(flatten(plain(new)))
     different = []
     for field in sorted(before.keys() | after.keys()):
         if any(field == prefix or field.startswith(f"{prefix}.") for prefix in free):
@@ -259,10 +287,11 @@ def compare_config(
         )
 
 
-def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The fields of a config under their dotted names."""
     if isinstance(value, dict) and (value or not prefix):
         for name, part in value.items():
-            yield from _flatten(part, f"{prefix}.{name}" if prefix else str(name))
+            yield from flatten(part, f"{prefix}.{name}" if prefix else str(name))
     else:
         yield prefix, value
 
@@ -304,6 +333,14 @@ def describe_environment(
         "command": list(sys.argv),
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
     }
+
+
+def _holds(path: Path, text: str) -> bool:
+    try:
+        os.listdir(path.parent)  # a network disk looks at a folder again that is opened
+        return path.read_text() == text
+    except (OSError, ValueError):
+        return False
 
 
 def _usable_cores() -> int:

@@ -1,5 +1,7 @@
 """The plan loses no row, repeats none, and is a function of seed and step."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -127,6 +129,46 @@ def test_tokens_arrive_where_segments_and_pools_say() -> None:
                     np.testing.assert_array_equal(packed.positions[at][inside], range(len(ids)))
                     types = packed.token_types[at][inside]
                     assert types.argmax() == plan.samples.type_start(int(sample), side)
+
+
+class _Recording(Rows):
+    """Remembers whose tokens were read."""
+
+    def __init__(self, lengths) -> None:
+        super().__init__(lengths)
+        self.read: list[int] = []
+
+    def sequence(self, sample: int, side: int) -> np.ndarray:
+        if side == 0:
+            self.read.append(sample)
+        return super().sequence(sample, side)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_hosts_read_only_the_rows_of_their_devices(packing: bool) -> None:
+    rows = _Recording(random_rows(48, 2, 64).lengths)
+    samples, geometry = make_samples(rows), make_geometry(64, 2, packing=packing)
+    plan = _plan(48, samples=samples, geometry=geometry, shards=4, batch_size=24)
+    shapes = plan.shapes()
+    rows.read.clear()  # lengths are known for all rows alike
+
+    def check(make) -> None:
+        whole, read = make(None), []
+        for odd in (0, 1):  # two hosts, every other device each
+            rows.read.clear()
+            held = [range(odd, units, 2) for _, units in shapes]
+            for theirs, ours, columns in zip(whole.buckets, make(held).buckets, held, strict=True):
+                for x, y in zip(theirs, ours, strict=True):
+                    np.testing.assert_array_equal(x[:, columns], y[:, columns])
+                np.testing.assert_array_equal(theirs.samples, ours.samples)
+            read.append(sorted(rows.read))
+        assert sorted(read[0] + read[1]) == sorted(
+            int(n) for packed in whole.buckets for n in packed.samples[packed.samples >= 0]
+        )
+        assert all(read)
+
+    check(lambda held: dataclasses.replace(plan, held=held).update(1))
+    check(lambda held: next(prediction_batches(samples, np.arange(48), geometry, shapes, held)))
 
 
 @pytest.mark.parametrize("rows", [1, 13, 257])

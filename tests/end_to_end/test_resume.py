@@ -10,12 +10,20 @@ import signal
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from rig import UNSTEADY, UPDATES, call, count_updates, finish, read_lines, start, wait_for
+from rig import (
+    UNSTEADY,
+    UPDATES,
+    call,
+    count_updates,
+    finish,
+    read_arrays,
+    read_lines,
+    start,
+    wait_for,
+)
 
-from pref_jax.training.checkpoints import Checkpoints
 from pref_jax.training.workdir import Workdir
 
 KILLS = 10
@@ -27,17 +35,6 @@ def copied(run: Path, tmp_path: Path) -> Path:
     workdir = Path(shutil.copytree(run, tmp_path / "run"))
     (workdir / "result.json").unlink()
     return workdir
-
-
-def read_arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
-    """All arrays of a checkpoint: parameters, both moments, counters."""
-    manifest = json.loads((workdir / "checkpoints" / str(step) / "manifest.json").read_text())
-    shapes = {
-        name: jax.ShapeDtypeStruct(tuple(shape), dtype)
-        for name, (shape, dtype) in manifest["leaves"].items()
-    }
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=1, read_only=True)
-    return checkpoints.restore(step, shapes)[0]
 
 
 def assert_same(workdir: Path, run: Path) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 
+from pref_jax import hosts
 from pref_jax.errors import InputError, RunError
 from pref_jax.training import checkpoints as checkpoints_module
 from pref_jax.training.checkpoints import Checkpoints
@@ -356,3 +357,28 @@ def test_the_checks_do_not_rest_on_orbax_reading_its_files(tmp_path, monkeypatch
             jax.tree.leaves(found[1]), jax.tree.leaves(make_state(1)), strict=True
         )
     )
+
+
+@pytest.mark.parametrize("common", [2, -1])
+def test_hosts_take_the_newest_step_that_all_of_them_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, common: int
+) -> None:
+    """Another host does not see what was written last; it answers as one that sees up to 2."""
+    write_run(tmp_path / "checkpoints", {1: None, 2: None, 3: None}, keep=3)
+
+    def gather(what: str, value: object) -> list[object]:
+        if what == "newest whole checkpoint":
+            assert isinstance(value, int)
+            return [value, min(value, common)]
+        return [value]
+
+    monkeypatch.setattr(hosts, "gather", gather)
+    with Checkpoints(tmp_path / "checkpoints", keep=3) as store:
+        if common < 0:  # to begin again would be a surprise
+            with pytest.raises(InputError, match="host 1 can see no whole checkpoint"):
+                store.restore_latest(abstract(make_state(0)))
+        else:
+            restored = store.restore_latest(abstract(make_state(0)))
+            assert restored[0] == 2
+            assert_same(restored[1], make_state(2))
+            assert store.steps() == [1, 2]  # 3 is written again
