@@ -17,31 +17,12 @@ from pref_jax.data.arena import read_comparisons
 from pref_jax.data.batches import Samples, Update, padding_fraction, prediction_batches
 from pref_jax.evaluation.predict import place_update
 from pref_jax.experiment import Experiment, find_backbone
+from pref_jax.hardware import find_chip
 from pref_jax.models.bert import EncoderConfig
 from pref_jax.models.llama import LlamaConfig
 from pref_jax.training.loop import read_ahead
 from pref_jax.training.run import CompiledStep, make_plan
 from pref_jax.training.state import create_state
-
-# Peak matrix throughput per chip in FLOP/s, dense bfloat16 (float16 on T4 and V100), as the makers
-# publish it: Google Cloud's TPU system architecture pages, NVIDIA's data sheets. Devices are found
-# by a part of their `device_kind`; the first match counts.
-PEAK_FLOPS = {
-    "TPU v2": 46e12,
-    "TPU v3": 123e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6": 918e12,
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L4": 121e12,
-    "T4": 65e12,
-    "V100": 125e12,
-}
 
 
 def encoder_flops(config: EncoderConfig, lengths: np.ndarray, *, training: bool) -> float:
@@ -109,8 +90,8 @@ def peak_flops(device: jax.Device, devices: int) -> float:
             multiply(x, y).block_until_ready()
             seconds.append(time.perf_counter() - started)
         return 2.0 * 4096 * 768 * 3072 / min(seconds)
-    kind = device.device_kind
-    return devices * next((peak for name, peak in PEAK_FLOPS.items() if name in kind), math.nan)
+    chip = find_chip(device.device_kind)
+    return devices * (math.nan if chip is None else chip.peak_flops)
 
 
 def peak_memory(device: jax.Device) -> int:

@@ -173,6 +173,8 @@ def encoder_config(arguments: str | None, *, layout: str) -> ConfigDict:
     config.input.truncation = "head"
 
     config.model.pretrained = BACKBONES[given["backbone"] or "bert-base"]
+    if given["backbone"] == "distilbert":
+        config.model.family, config.model.config.num_layers = "distilbert", 6
     config.model.head_dropout = 0.1
     config.model.frozen_layers = 0
 

@@ -152,6 +152,24 @@ def _pretrained_backbone(config: ConfigDict) -> Backbone:
     return Backbone(_with_dropout(architecture, config), folder, base)
 
 
+def find_architecture(config: ConfigDict) -> Architecture:
+    """The architecture of `model.init_from` or `model.pretrained`, of which no weight is read.
+
+    Raises:
+      InputError: as for `find_backbone`.
+    """
+    from pref_jax.weights.huggingface import read_architecture
+    from pref_jax.weights.sources import resolve_source
+
+    section = config.model
+    if section.init_from is not None:
+        architecture, _, _ = _read_model(Path(section.init_from))
+    else:
+        source = resolve_source(section.pretrained)
+        architecture = read_architecture(source, section.family)
+    return _with_dropout(architecture, config)
+
+
 def random_architecture(config: ConfigDict, vocab_size: int) -> Architecture:
     """The architecture that `model.config` describes.
 

@@ -131,6 +131,7 @@ class Trainer:
         longest: int,
         devices: int = 1,
         mesh: tuple[int, int, int] | None = None,
+        order: Sequence[int] = range(8),
         microbatch_size: int = 2,
         batch_size: int = 8,
         packing: bool = True,
@@ -143,7 +144,8 @@ class Trainer:
         is_trainable: Callable[[str], bool] = lambda path: True,
     ) -> None:
         sizes = mesh or (devices, 1, 1)
-        self.mesh = meshes.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
+        available = [jax.devices()[number] for number in order[: int(np.prod(sizes))]]
+        self.mesh = meshes.make_mesh(*sizes, devices=available)
         geometry = make_geometry(longest, samples.sides, packing=packing)
         self.plan = BatchPlan(
             samples=samples,

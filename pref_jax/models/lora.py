@@ -117,7 +117,8 @@ class Projection(nn.Module):
             )
         y = quantize.matmul(x, kernel, self.dtype)
         if self.lora is not None:
-            y = y + self._update(x, seeds, site)
+            # Added in float32: an update starts far smaller than what it is added to.
+            y = y.astype(jnp.float32) + self._update(x, seeds, site)
         return y.astype(self.dtype)
 
     def _update(self, x: jax.Array, seeds: jax.Array | None, site: jax.Array | int) -> jax.Array:
@@ -138,4 +139,4 @@ class Projection(nn.Module):
         b = self.variable("lora", "b", named(draw_b, "lora", column))
         x = dropout(x, lora.dropout, seeds, site)
         inner = quantize.matmul(x, a.value, self.dtype)
-        return quantize.matmul(inner, b.value, self.dtype) * lora.scale
+        return quantize.matmul(inner, b.value, self.dtype).astype(jnp.float32) * lora.scale

@@ -17,6 +17,7 @@ to the scale's value, and need no block across devices.
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -145,17 +146,8 @@ def dequantize(kernel: Kernel, dtype: jnp.dtype = jnp.float32) -> jax.Array:
     return (unit * scales[..., None, :]).reshape(*lead, half * 2, features_out).astype(dtype)
 
 
-def _product(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    return lax.dot_general(
-        x.astype(dtype),
-        kernel.astype(dtype),
-        (((x.ndim - 1,), (0,)), ((), ())),
-        preferred_element_type=jnp.float32,
-    )
-
-
 def matmul(x: jax.Array, kernel: jax.Array | Kernel, dtype: jnp.dtype) -> jax.Array:
-    """``x @ kernel``: operands in ``dtype``, sums in float32, result ``[..., out]`` float32.
+    """``x @ kernel``: operands and result ``[..., out]`` in ``dtype``, sums in float32.
 
     A quantised kernel is frozen: it has no gradient, and for that of ``x`` it is dequantised once
     more, so that no float copy of it waits for the backward pass. int8 scales are applied behind
@@ -166,10 +158,40 @@ def matmul(x: jax.Array, kernel: jax.Array | Kernel, dtype: jnp.dtype) -> jax.Ar
     return _product(x, kernel, dtype)
 
 
+def _contract(
+    x: jax.Array, axes: Sequence[int], y: jax.Array, axis: Sequence[int], out: jnp.dtype
+) -> jax.Array:
+    return lax.dot_general(x, y, ((tuple(axes), tuple(axis)), ((), ())), preferred_element_type=out)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return _contract(x.astype(dtype), [x.ndim - 1], kernel.astype(dtype), [0], dtype)
+
+
+def _product_forward(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, Any]:
+    return _product(x, kernel, dtype), (x, kernel)
+
+
+def _product_backward(dtype: jnp.dtype, saved: Any, d_out: jax.Array) -> tuple[Any, Any]:
+    """What JAX would derive rounds the gradient of float32 parameters to ``dtype``."""
+    x, kernel = saved
+    rows = range(x.ndim - 1)
+    d_x = _contract(d_out, [x.ndim - 1], kernel.astype(dtype), [1], dtype)
+    d_kernel = _contract(x.astype(dtype), rows, d_out, rows, jnp.float32)
+    return d_x.astype(x.dtype), d_kernel.astype(kernel.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _quantized_product(x: jax.Array, kernel: Kernel, dtype: jnp.dtype) -> jax.Array:
     if kernel["values"].dtype == jnp.int8:
-        return _product(x, kernel["values"], dtype) * kernel["scales"]
+        product = _contract(
+            x.astype(dtype), [x.ndim - 1], kernel["values"].astype(dtype), [0], jnp.float32
+        )
+        return (product * kernel["scales"]).astype(dtype)
     return _product(x, dequantize(kernel, dtype), dtype)
 
 
@@ -181,15 +203,11 @@ def _quantized_forward(x: jax.Array, kernel: Kernel, dtype: jnp.dtype) -> tuple[
 def _quantized_backward(dtype: jnp.dtype, saved: Any, d_out: jax.Array) -> tuple[jax.Array, Any]:
     kernel, like = saved
     if kernel["values"].dtype == jnp.int8:
-        d_out, weights = d_out * kernel["scales"], kernel["values"]
+        weights = kernel["values"].astype(dtype)
+        d_out = (d_out.astype(jnp.float32) * kernel["scales"]).astype(dtype)
     else:
         weights = dequantize(kernel, dtype)
-    d_x = lax.dot_general(
-        d_out.astype(dtype),
-        weights.astype(dtype),
-        (((d_out.ndim - 1,), (1,)), ((), ())),
-        preferred_element_type=jnp.float32,
-    ).astype(like.dtype)
+    d_x = _contract(d_out, [d_out.ndim - 1], weights, [1], dtype).astype(like.dtype)
 
     def nothing(leaf: jax.Array) -> Any:
         if jnp.issubdtype(leaf.dtype, jnp.floating):

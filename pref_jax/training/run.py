@@ -112,12 +112,15 @@ class CompiledStep:
     def _compile(self) -> None:
         started = time.monotonic()
         try:
-            self._compiled = self._function.lower(
-                self.abstract, self._abstract_frozen, self._abstract_update
-            ).compile()
+            self._compiled = self._function.lower(*self.abstract_arguments).compile()
         except BaseException as error:  # handed to the thread that asks for the result
             self._error = error
         self.compile_seconds = time.monotonic() - started
+
+    @property
+    def abstract_arguments(self) -> tuple[Any, Any, Any]:
+        """Shapes and shardings of ``(state, frozen, update)``."""
+        return self.abstract, self._abstract_frozen, self._abstract_update
 
     @property
     def executable(self) -> Any:

@@ -14,7 +14,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from rig import TINY, call, call_apart, count_updates, read_arrays, read_lines, start, wait_for
+from rig import (
+    REPOSITORY,
+    TINY,
+    call,
+    call_apart,
+    count_updates,
+    read_arrays,
+    read_lines,
+    start,
+    wait_for,
+)
 
 ROWS, STEPS = 37, 10
 # Only host 0 writes to JAX's cache of programs: the other one compiles every time.
@@ -148,6 +158,36 @@ def test_two_hosts_score_each_row_once(run: Path, alone: Path, arena: Path, tmp_
     assert mine_too["rows"] == 13
     assert abs(mine_too["log_loss"] - wanted_too["log_loss"]) < 1e-6
     assert sorted(os.listdir(tmp_path)) == ["log0", "log1", "out.csv", "out.json"]
+
+
+def test_two_hosts_share_a_decoder(arena: Path, tmp_path: Path) -> None:
+    """Frozen weights cut over the devices of both, adapters on top."""
+    decoder = (
+        f"--config={REPOSITORY}/configs/llama_lora.py:tiny",
+        f"--config.data.train={arena}/train.csv",
+        f"--config.data.valid={arena}/labelled.csv",
+        "--config.input.max_length=128",
+        "--config.mesh.data=1",
+        "--config.mesh.fsdp=4",
+        "--config.mesh.tensor=2",
+        "--config.model.quantization=int8",
+        "--config.train.microbatch_size=1",
+        "--config.train.batch_size=8",
+        "--config.train.epochs=4",
+        "--config.train.max_steps=20",
+        "--config.logging.tensorboard=false",
+    )
+    end(launch(tmp_path, "train", *decoder, f"--workdir={tmp_path}/two"), 0, 0)
+    outcome = call_apart(
+        tmp_path, {"one": ["train", *decoder, f"--workdir={tmp_path}/one"]}, devices=8
+    )["one"]
+    assert outcome.code == 0, outcome
+    losses = [
+        [row["loss"] for row in read_lines(tmp_path / name) if row["split"] == "train"]
+        for name in ("two", "one")
+    ]
+    assert len(losses[0]) == 20
+    np.testing.assert_allclose(*losses, atol=1e-5)
 
 
 def test_missing_host_is_named_in_time(arguments: tuple[str, ...], tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """LLaMA with adapters is the mathematics of transformers and PEFT."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -346,9 +347,20 @@ def test_remat_recomputes_and_changes_nothing(remat: str) -> None:
     assert texts[1].count(" exp ") > texts[0].count(" exp ")  # the softmax once more
 
 
-@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)])
-def test_losses_do_not_depend_on_the_mesh(mesh: tuple[int, int, int], tmp_path: Path) -> None:
-    config = LlamaConfig("llama", VOCABULARY, 32, 2, 4, 2, 8, 48, 512)
+@pytest.mark.parametrize(
+    ("mesh", "order"),
+    [
+        ((8, 1, 1), range(8)),
+        ((1, 8, 1), range(8)),
+        ((1, 2, 4), range(8)),
+        ((1, 4, 2), range(8)),
+        ((2, 2, 2), (5, 2, 7, 0, 3, 6, 1, 4)),
+    ],
+)
+def test_losses_do_not_depend_on_the_mesh(
+    mesh: tuple[int, int, int], order: Sequence[int], tmp_path: Path
+) -> None:
+    config = LlamaConfig("llama", VOCABULARY, 32, 2, 8, 4, 8, 48, 512)
     model = LlamaClassifier(config, lora=LoRAConfig(4, 8.0, 0.1, PROJECTIONS))
     samples = make_samples(random_rows(40, 1, 32, pools_last=True))
     from support import make_params
@@ -357,12 +369,12 @@ def test_losses_do_not_depend_on_the_mesh(mesh: tuple[int, int, int], tmp_path: 
     options: dict[str, Any] = {"longest": 32, "is_trainable": is_adapter, "learning_rate": 1e-3}
     one = Trainer(model, samples, **options)
     wanted, _ = one.losses(params, 20)
+    devices = [jax.devices()[number] for number in order]
     many = Trainer(
-        LlamaClassifier(
-            config, lora=model.lora, mesh=meshes.make_mesh(*mesh, devices=jax.devices()[:8])
-        ),
+        LlamaClassifier(config, lora=model.lora, mesh=meshes.make_mesh(*mesh, devices=devices)),
         samples,
         mesh=mesh,
+        order=order,
         microbatch_size=1,
         **options,
     )
