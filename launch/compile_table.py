@@ -17,7 +17,7 @@ flags.DEFINE_string("only", None, "Regular expression: only rows whose text it i
 
 _LLAMA = "configs/llama_lora.py"
 _QLORA = "configs/llama_qlora.py"
-_BERTS = (("single", 256), ("parallel", 128))
+_BERTS = (("single", 256, 32), ("parallel", 64, 16))
 # Preset, slice, rows per update, sequences per device and microbatch, tokens, further fields. An
 # update is one microbatch.
 ROWS = [
@@ -38,8 +38,8 @@ ROWS = [
         for size in ((256, 1, 1024), (1024, 4, 1024))
     ],
     *[
-        (f"configs/{layout}_bert.py{size}", topology, rows, 32, 512, {})
-        for layout, rows in _BERTS
+        (f"configs/{layout}_bert.py{size}", topology, rows, sequences, 512, {})
+        for layout, rows, sequences in _BERTS
         for size in ("", ":distilbert")
         for topology in ("v5e:2x4", "v3:2x2")
     ],

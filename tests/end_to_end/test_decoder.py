@@ -6,12 +6,24 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from rig import REPOSITORY, call, make_rows, predict, read_csv, write_csv
+from rig import (
+    REPOSITORY,
+    call,
+    make_rows,
+    predict,
+    read_arrays,
+    read_csv,
+    read_lines,
+    start,
+    wait_for,
+    write_csv,
+)
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -274,11 +286,58 @@ def _another_family(folder: Path) -> str:
     return "its model_type is 'roberta'"
 
 
+def _map_elsewhere(folder: Path) -> str:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    shards = sorted(set(index["weight_map"].values()))
+    name = next(name for name, shard in index["weight_map"].items() if shard == shards[0])
+    index["weight_map"][name] = shards[1]
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return name
+
+
+def _rewrite(folder: Path, change: Callable[[list[dict[str, np.ndarray]]], None]) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    shards = sorted(folder.glob("model-*.safetensors"))
+    tensors = [load_file(shard) for shard in shards]
+    change(tensors)
+    for shard, content in zip(shards, tensors, strict=True):
+        save_file(content, shard, metadata={"format": "pt"})
+
+
+def _twice(folder: Path) -> str:
+    name = "model.norm.weight"
+
+    def change(tensors: list[dict[str, np.ndarray]]) -> None:
+        value = next(content[name] for content in tensors if name in content)
+        for content in tensors:
+            content[name] = value
+
+    _rewrite(folder, change)
+    return name
+
+
+def _one_too_many(folder: Path) -> str:
+    name = "model.layers.0.self_attn.q_proj.bias"
+    _rewrite(folder, lambda tensors: tensors[0].update({name: np.ones(64, np.float32)}))
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"][name] = sorted(set(index["weight_map"].values()))[0]
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return name
+
+
+def _only_pickled(folder: Path) -> str:
+    for file in folder.glob("model*"):
+        file.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"x" * 100)
+    return "safetensors"
+
+
 @pytest.mark.parametrize(
     "damage",
     [
         *(_cut_shard, _lose_shard, _lose_tokenizer, _only_sentencepiece, _wrong_shape),
-        *(_more_tokens, _another_family),
+        *(_more_tokens, _another_family, _map_elsewhere, _twice, _one_too_many, _only_pickled),
     ],
 )
 def test_broken_folders_are_refused(base: Path, arena: Path, tmp_path: Path, damage: Any) -> None:
@@ -298,6 +357,11 @@ def test_broken_folders_are_refused(base: Path, arena: Path, tmp_path: Path, dam
 def test_a_stray_file_is_not_merged(base: Path, decoder: Path, tmp_path: Path) -> None:
     data = write_csv(tmp_path / "rows.csv", make_rows())
     before = predict(decoder, data)
+    linked = tmp_path / "linked"  # as a hub's cache is
+    linked.mkdir()
+    for file in base.iterdir():
+        (linked / file.name).symlink_to(file)
+    assert predict(decoder, data, f"--base={linked}") == before
     beside = shutil.copytree(base, tmp_path / "lm")
     shutil.copy(next(beside.glob("model-*.safetensors")), beside / "consolidated.safetensors")
     assert predict(decoder, data, f"--base={beside}") == before
@@ -325,6 +389,104 @@ def test_wrong_settings_are_one_line(arena: Path, tmp_path: Path, flag: str, nam
     )
     assert outcome.code == 2 and outcome.stderr.count("\n") == 1, outcome
     assert named in outcome.stderr
+
+
+@pytest.fixture(scope="module")
+def short(base: Path, arena: Path) -> dict[str, Path]:
+    """Runs of one update that read 96 tokens, one for each way to shorten."""
+    runs = {}
+    for truncation in ("head", "tail", "head_tail"):
+        runs[truncation] = base.parent / truncation
+        outcome = call(
+            "train",
+            *DECODER,
+            "--config.input.max_length=96",
+            f"--config.input.truncation={truncation}",
+            f"--config.model.pretrained={base}",
+            f"--config.data.train={arena}/train.csv",
+            "--config.train.max_steps=1",
+            f"--workdir={runs[truncation]}",
+        )
+        assert outcome.code == 0, outcome
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("truncation", "first_word", "last_word"),
+    [("head", True, False), ("tail", False, True), ("head_tail", True, True)],
+)
+def test_what_is_cut_off_cannot_be_seen(
+    short: dict[str, Path], tmp_path: Path, truncation: str, first_word: bool, last_word: bool
+) -> None:
+    """Texts of 50,000 characters: a change that is kept changes the row, another does not."""
+    long = "rain " * 10_000
+    texts = {"prompt": long, "response_a": long, "response_b": long}
+    changes = [
+        texts,
+        texts | {"prompt": f"snow {long}"},
+        texts | {"response_b": f"{long}snow"},
+    ]
+    rows = make_rows(
+        **{
+            f"r{n}": {name: json.dumps([text]) for name, text in change.items()}
+            for n, change in enumerate(changes)
+        }
+    )[:3]
+    plain, prompt, response = predict(short[truncation], write_csv(tmp_path / "long.csv", rows))
+    assert (plain[1:] != prompt[1:], plain[1:] != response[1:]) == (first_word, last_word)
+    outcome = call("export", f"--workdir={short[truncation]}", f"--output={tmp_path}/out")
+    assert outcome.code == 0, outcome
+    examples = json.loads((tmp_path / "out" / "pref_jax.json").read_text())["examples"]
+    ends = {tuple(example["input_ids"][-4:]) for example in examples}
+    assert len(examples) > 3 and len(ends) == 1
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(base: Path, arena: Path, tmp_path: Path) -> None:
+    """Adapters, head and optimizer come from the checkpoint, the frozen base from its folder."""
+    command = (
+        "train",
+        *DECODER,
+        f"--config.model.pretrained={base}",
+        f"--config.data.train={arena}/train.csv",
+        "--config.train.max_steps=6",
+        "--config.checkpoint.every_steps=1",
+    )
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    outcome = call(*command, f"--workdir={straight}")
+    assert outcome.code == 0, outcome
+    log = tmp_path / "log"
+    process = start(log, *command, f"--workdir={broken}", devices=8)
+    wait_for(lambda: any(broken.glob("checkpoints/[0-9]/manifest.json")), process, log)
+    process.kill()
+    process.join()
+    assert not (broken / "result.json").exists()
+    outcome = call(*command, f"--workdir={broken}")
+    assert outcome.code == 0 and "resumed" in outcome.stdout, outcome
+    assert read_lines(broken) == read_lines(straight)
+    ours, wanted = (read_arrays(folder, 6) for folder in (broken, straight))
+    assert ours.keys() == wanted.keys() and any("lora" in name for name in ours)
+    for name, array in ours.items():
+        assert array.tobytes() == wanted[name].tobytes(), name
+
+
+def test_packing_changes_nothing(base: Path, arena: Path, tmp_path: Path) -> None:
+    data = write_csv(tmp_path / "rows.csv", make_rows())
+    answers = []
+    for packing in ("on", "off"):
+        workdir = tmp_path / packing
+        outcome = call(
+            "train",
+            *DECODER,
+            "--config.model.lora.dropout=0",
+            f"--config.input.packing={packing}",
+            f"--config.model.pretrained={base}",
+            f"--config.data.train={arena}/train.csv",
+            "--config.train.max_steps=3",
+            f"--workdir={workdir}",
+        )
+        assert outcome.code == 0, outcome
+        answers.append(numbers(predict(workdir, data)))
+    np.testing.assert_allclose(*answers, atol=1e-5)
 
 
 def test_the_loss_of_a_file_is_the_mean_over_its_rows(decoder: Path, tmp_path: Path) -> None:

@@ -195,6 +195,11 @@ def test_a_gguf_file_is_a_model(smollm2: Path, tmp_path: Path) -> None:
     assert tokenizer.bos_id == 1 and tokenizer.vocab_size == 49_152
     (ids,) = tokenizer.encode(["In 2024 <|im_start|> don't  stop\n\n\U0001f600"])
     assert not set(ids.tolist()) & set(range(17)) and "2" in tokenizer.decode(ids)
+    unnamed = tmp_path / "unnamed.gguf"  # as old files are: other tokens, if one guesses
+    unnamed.write_bytes(smollm2.read_bytes().replace(b"tokenizer.ggml.pre", b"tokenizer.ggml.prx"))
+    with pytest.raises(InputError, match="does not say how its tokenizer cuts words"):
+        load_tokenizer(tokenizer_folder(unnamed))
+    unnamed.unlink()
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(smollm2.read_bytes()[:-5000])
     with pytest.raises(InputError, match="no whole GGUF file"):
