@@ -41,7 +41,7 @@ def encoder_flops(config: EncoderConfig, lengths: np.ndarray, *, training: bool)
     width, inner = config.hidden_size, config.intermediate_size
     tokens, squares = float(lengths.sum()), float((lengths.astype(np.float64) ** 2).sum())
     sequences = float(lengths.size)
-    per_token = 2.0 * (4.0 * width * width + 2.0 * width * inner)
+    per_token = 2.0 * config.layer_parameters
     layers = config.num_layers - 1
     full = layers * (per_token * tokens + 4.0 * squares * width)
     last = 2.0 * 2.0 * width * width * tokens  # keys and values
@@ -67,11 +67,9 @@ def decoder_flops(
       training: forward and backward, or forward alone.
       frozen: whether the projections are.
     """
-    width, heads = config.hidden_size, config.num_heads * config.head_dim
-    per_layer = 2 * width * heads + 2 * width * config.num_kv_heads * config.head_dim
-    per_layer += 3 * width * config.intermediate_size
+    heads = config.num_heads * config.head_dim
     tokens, squares = float(lengths.sum()), float((lengths.astype(np.float64) ** 2).sum())
-    products = 2.0 * config.num_layers * per_layer * tokens
+    products = 2.0 * config.num_layers * config.layer_parameters * tokens
     attention = 2.0 * config.num_layers * heads * squares
     if not training:
         return products + attention

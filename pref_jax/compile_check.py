@@ -4,7 +4,6 @@ import importlib.util
 import math
 import os
 import re
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +35,8 @@ _ENVIRONMENT = {
     "TPU_MIN_LOG_LEVEL": "3",
     "TPU_STDERR_LOG_LEVEL": "3",
 }
-_BERT_VOCABULARY = 30_522  # where a config leaves it to a tokenizer that is not there
+# Where a config leaves the vocabulary to a tokenizer that is not there.
+_BERT_VOCABULARY, _BYTES = 30_522, 512
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -78,7 +78,6 @@ def check(config: ConfigDict, topology: Topology) -> dict[str, Any]:
     chip = find_chip(devices[0].device_kind)
     assert chip is not None
     compiled = CompiledStep(experiment, total_steps=1000)
-    started = time.monotonic()
     fits, sizes = _compile(compiled)
     work = estimate(experiment)
     return {
@@ -97,7 +96,7 @@ def check(config: ConfigDict, topology: Topology) -> dict[str, Any]:
         "interconnect_bytes_per_step": work.interconnect_bytes,
         "roofline_seconds": work.seconds(chip, len(devices)),
         "compilations": compiled.compilations,
-        "compile_seconds": time.monotonic() - started,
+        "compile_seconds": compiled.compile_seconds,
     }
 
 
@@ -115,8 +114,7 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
         )
     os.environ.update(_ENVIRONMENT)
     jax.config.update("jax_platforms", "cpu")  # no device is opened
-    dimensions = 3  # libtpu wants hosts in three
-    host = (*topology.host, *(1,) * (dimensions - len(topology.host)))
+    host = (*topology.host, 1, 1)[:3]  # libtpu wants three dimensions
     try:
         with native_libraries_silenced():
             description = topologies.get_topology_desc(
@@ -134,8 +132,8 @@ def _abstract_backbone(config: ConfigDict) -> Backbone:
     section, nowhere = config.model, Path(os.devnull)
     if section.init_from is not None or _is_here(section.pretrained):
         return Backbone(find_architecture(config), nowhere, {"kind": "abstract", "source": ""})
-    family_size = _BERT_VOCABULARY if section.family != "llama" else 0
-    architecture = random_architecture(config, section.config.vocab_size or family_size or 512)
+    vocabulary = _BYTES if section.family == "llama" else _BERT_VOCABULARY
+    architecture = random_architecture(config, section.config.vocab_size or vocabulary)
     return Backbone(architecture, nowhere, {"kind": "abstract", "source": ""})
 
 
@@ -152,11 +150,11 @@ def _compile(compiled: CompiledStep) -> tuple[bool, dict[str, int]]:
     ``temp_size_in_bytes`` also counts on-chip memory and buffers that take turns: programs compile
     and fit for which it is more than the memory there is.
     """
-    arguments = sum(map(_bytes_per_device, jax.tree.leaves(compiled.abstract_arguments)))
     try:
         with native_libraries_silenced():
             analysis = compiled.executable.memory_analysis()
     except jax.errors.JaxRuntimeError as error:
+        arguments = sum(map(_bytes_per_device, jax.tree.leaves(compiled.abstract_arguments)))
         return False, _sum(arguments, _read_shortage(str(error), arguments), 0, 0)
     output = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     arguments = analysis.argument_size_in_bytes
@@ -236,7 +234,7 @@ def estimate(experiment: Experiment) -> Work:
 
     passes = 2.0 + again
     item = experiment.precision.compute.itemsize
-    weights = _weight_bytes(experiment.abstract_params, shape)
+    weights = _weight_bytes(experiment.abstract_params)
     devices, cut = mesh.devices.size, mesh.shape["fsdp"]
     copies = devices / mesh.shape["tensor"]  # every batch shard reads all of the weights
     read = weights * copies * microbatches * passes * (3.0 if cut > 1 else 1.0)
@@ -269,15 +267,14 @@ def _describe(architecture: EncoderConfig | LlamaConfig) -> _Shape:
     if isinstance(architecture, LlamaConfig):
         query = architecture.num_heads * architecture.head_dim
         key = architecture.num_kv_heads * architecture.head_dim
-        per_layer = 2 * width * query + 2 * width * key + 3 * width * inner
         # Residual, norm and projection outputs; queries, keys and values before and behind their
         # rotation; gate, up and their product.
         activations = 6 * width + 3 * query + 4 * key + 3 * inner
     else:
         query = width
-        per_layer = 4 * width * width + 2 * width * inner
         activations = 10 * width + 2 * inner
-    return _Shape(layers, width, query, float(layers * per_layer), float(activations))
+    parameters = float(layers * architecture.layer_parameters)
+    return _Shape(layers, width, query, parameters, float(activations))
 
 
 def _trained_share(experiment: Experiment) -> float:
@@ -288,7 +285,7 @@ def _trained_share(experiment: Experiment) -> float:
     return 1.0 - config.frozen_layers / experiment.backbone.architecture.num_layers
 
 
-def _weight_bytes(params: Any, shape: _Shape) -> float:
+def _weight_bytes(params: Any) -> float:
     """Bytes of all layers' weights, as they are stored."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return float(

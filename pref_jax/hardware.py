@@ -74,25 +74,18 @@ class _Generation(NamedTuple):
     single_host: int
 
 
+_SMALL = ((1, 1), (2, 2), (2, 4))
 _SQUARES = ((4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 _CUBES = (
     *((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8)),
     *((8, 8, 12), (8, 8, 16), (8, 16, 16), (16, 16, 16)),
 )
 GENERATIONS = (
-    _Generation("v2", ("v2",), 2, ((2, 2), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)), (2, 2), 4),
-    _Generation(
-        *("v3", ("v3",), 2),
-        ((2, 2), *_SQUARES, (16, 32), (32, 32)),
-        *((2, 2), 4),
-    ),
-    _Generation(
-        *("v5e", ("v5e", "v5litepod", "v5lite"), 1),
-        ((1, 1), (2, 2), (2, 4), *_SQUARES),
-        *((2, 2), 8),
-    ),
+    _Generation("v2", ("v2",), 2, ((2, 2), *_SQUARES), (2, 2), 4),
+    _Generation("v3", ("v3",), 2, ((2, 2), *_SQUARES, (16, 32), (32, 32)), (2, 2), 4),
+    _Generation("v5e", ("v5e", "v5litepod", "v5lite"), 1, _SMALL + _SQUARES, (2, 2), 8),
     _Generation("v5p", ("v5p",), 2, _CUBES, (2, 2, 1), 4),
-    _Generation("v6e", ("v6e",), 1, ((1, 1), (2, 2), (2, 4), *_SQUARES), (2, 2), 8),
+    _Generation("v6e", ("v6e",), 1, _SMALL + _SQUARES, (2, 2), 8),
 )
 
 

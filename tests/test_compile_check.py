@@ -119,7 +119,7 @@ def test_command_says_what_a_slice_would_take(tmp_path: Path) -> None:
 
 
 @needs_libtpu
-def test_wrong_slices_and_meshes_are_refused(tmp_path: Path) -> None:
+def test_wrong_slices_and_meshes_are_refused() -> None:
     for arguments, said in (
         (["--topology=v5e:3x3"], "v5e:2x4 (v5e-8)"),
         (["--topology="], "--topology"),

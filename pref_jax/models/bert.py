@@ -58,6 +58,11 @@ class EncoderConfig:
     attention_dropout: float = 0.1
     activation: str = "gelu"
 
+    @property
+    def layer_parameters(self) -> int:
+        """Weights in the six matrices of a layer."""
+        return self.hidden_size * (4 * self.hidden_size + 2 * self.intermediate_size)
+
 
 def gather_tokens(x_BxTxD: jax.Array, positions_BxP: jax.Array) -> jax.Array:
     """Hidden states at the given positions, ``[B, P, D]``."""

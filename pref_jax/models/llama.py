@@ -54,6 +54,12 @@ class LlamaConfig:
     norm_epsilon: float = 1e-5
     rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
 
+    @property
+    def layer_parameters(self) -> int:
+        """Weights in the seven projections of a layer."""
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return self.hidden_size * (2 * queries + 2 * keys + 3 * self.intermediate_size)
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last axis, computed in float32 (`LlamaRMSNorm`)."""

@@ -31,14 +31,14 @@ from pref_jax.evaluation.predictions import FILE as PREDICTIONS_FILE
 from pref_jax.evaluation.predictions import Predictions
 from pref_jax.evaluation.submission import write_submission
 from pref_jax.experiment import Backbone, Experiment, find_backbone, load_frozen, log_parts
-from pref_jax.files import plain, write_json
+from pref_jax.files import write_json
 from pref_jax.training.checkpoints import Checkpoints
 from pref_jax.training.loop import History, Limits, TrainingLoop
 from pref_jax.training.optimizer import make_optimizer, make_schedule
 from pref_jax.training.records import MetricLog, UnwrittenLog
 from pref_jax.training.state import TrainState, abstract_state, create_state, merge_parameters
 from pref_jax.training.step import abstract_update, make_train_step
-from pref_jax.training.workdir import FREE_FIELDS, Workdir, describe_environment, flatten
+from pref_jax.training.workdir import FREE_FIELDS, Workdir, bound_fields, describe_environment
 
 logger = logging.getLogger(__name__)
 
@@ -315,11 +315,7 @@ _OWN = ("logging", "train.max_hours")  # the leader's counts, or the first to be
 
 def _agree(config: ConfigDict, data: TrainingData, backbone: Backbone) -> None:
     """Refuses hosts whose configs, data or weights would not make one run."""
-    fields = {
-        name: value
-        for name, value in flatten(plain(config.to_dict()))
-        if not any(name == free or name.startswith(f"{free}.") for free in (*_PLACES, *_OWN))
-    }
+    fields = bound_fields(config.to_dict(), (*_PLACES, *_OWN))
     hosts.agree("--config", fields, "start the same command on every host")
     hosts.agree(
         training_data(config),

@@ -271,11 +271,9 @@ def compare_config(
     Raises:
       InputError: names every field that differs, with both values.
     """
-    before, after = dict(flatten(plain(saved))), dict(flatten(plain(new)))
+    before, after = bound_fields(saved, free), bound_fields(new, free)
     different = []
     for field in sorted(before.keys() | after.keys()):
-        if any(field == prefix or field.startswith(f"{prefix}.") for prefix in free):
-            continue
         was, now = (_show(side, field) for side in (before, after))
         if was != now:
             different.append(f"{field} was {was} and is now {now}")
@@ -287,11 +285,19 @@ def compare_config(
         )
 
 
-def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The fields of a config under their dotted names."""
+def bound_fields(config: Mapping[str, Any], free: Sequence[str]) -> dict[str, Any]:
+    """The fields of a config under their dotted names, without those below a prefix in ``free``."""
+    return {
+        field: value
+        for field, value in _flatten(plain(config))
+        if not any(field == prefix or field.startswith(f"{prefix}.") for prefix in free)
+    }
+
+
+def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict) and (value or not prefix):
         for name, part in value.items():
-            yield from flatten(part, f"{prefix}.{name}" if prefix else str(name))
+            yield from _flatten(part, f"{prefix}.{name}" if prefix else str(name))
     else:
         yield prefix, value
 
