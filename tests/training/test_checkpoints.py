@@ -382,3 +382,22 @@ def test_hosts_take_the_newest_step_that_all_of_them_have(
             assert restored[0] == 2
             assert_same(restored[1], make_state(2))
             assert store.steps() == [1, 2]  # 3 is written again
+
+
+def test_a_lost_host_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading is a collective, which breaks where a host is gone: the checkpoint stays."""
+    write_run(tmp_path / "checkpoints", {1: None}, keep=1)
+
+    def lose() -> None:
+        raise RunError("host 1", "is gone", "start again")
+
+    def break_off(*arguments: object, **options: object) -> None:
+        raise ValueError("Connection reset by peer")
+
+    monkeypatch.setattr(hosts, "raise_loss", lose)
+    with Checkpoints(tmp_path / "checkpoints", keep=1) as store:
+        monkeypatch.setattr(type(store._manager), "restore", break_off)
+        with pytest.raises(RunError, match="is gone"):
+            store.restore_latest(abstract(make_state(0)))
+        assert store.steps() == [1]
+    assert not (tmp_path / "damaged").exists()
