@@ -656,8 +656,9 @@ class Meeting:
                 "whats": [everyone[n][0] for n in range(self.settings.count)],
                 "values": [everyone[n][1] for n in range(self.settings.count)],
             }
-            for host in self._links:
-                self._send(host, {"kind": "values", "round": number, **answer})
+            with self._news:  # a failure that these cause must not overtake them
+                for host in self._links:
+                    self._send(host, {"kind": "values", "round": number, **answer})
         if len(set(answer["whats"])) > 1:
             parts = [
                 f"{self.join_names(answer['whats'], one)} at {one!r}"

@@ -242,8 +242,17 @@ def test_hosts_that_have_gone_apart_are_stopped() -> None:
         assert isinstance(one, RunError) and "have gone apart" in str(one)
 
 
-def test_agreement_names_value_and_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
-    local = threading.local()
+@pytest.mark.parametrize("delay", [0.0, 0.3])
+def test_agreement_names_value_and_hosts(monkeypatch: pytest.MonkeyPatch, delay: float) -> None:
+    """Also on the host that gets the values last, when another has refused them already."""
+    local, send = threading.local(), Meeting._send
+
+    def send_slowly(meeting: Meeting, host: int, message: Any) -> None:
+        if message["kind"] == "values" and host == list(meeting._links)[-1]:
+            time.sleep(delay)
+        send(meeting, host, message)
+
+    monkeypatch.setattr(Meeting, "_send", send_slowly)
 
     class Here:
         """The module's meeting is one per process; here one per thread."""
