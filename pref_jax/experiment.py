@@ -319,11 +319,11 @@ class Experiment:
                 f"choose {architecture.max_positions} or less",
             )
         frozen_layers, lora = self.config.model.frozen_layers, self.config.model.lora
-        if self.is_decoder and frozen_layers:
+        if lora.rank and frozen_layers:
             raise InputError(
                 "--config.model.frozen_layers",
-                "layers of a decoder are trained together or not at all",
-                "set it to 0; adapters (model.lora.rank) freeze all of them",
+                "beside adapters all layers are frozen",
+                "set it to 0, or train without adapters (model.lora.rank=0)",
             )
         if not self.is_decoder and (lora.rank or self.config.model.quantization != "none"):
             raise InputError(
@@ -370,6 +370,7 @@ class Experiment:
                 architecture,
                 lora=lora if section.rank else None,
                 quantization=config.model.quantization,
+                frozen_layers=config.model.frozen_layers,
                 head_dropout=float(config.model.head_dropout),
                 dtype=self.precision.compute,
                 frozen_dtype=self.precision.compute if section.rank else jnp.dtype("float32"),

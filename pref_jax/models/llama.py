@@ -20,6 +20,8 @@ from pref_jax.models.layers import INITIALIZER_RANGE, Dense, named
 from pref_jax.models.lora import LoRAConfig, Projection
 from pref_jax.models.rope import RopeConfig, make_angles, rotate
 
+# Stacks of a decoder's layers: the first ones, where they are frozen, and all others.
+FROZEN_LAYERS, LAYERS = "frozen_layers", "layers"
 # Behind the sites of all adapters.
 _HEAD_SITE = 1_000_000
 
@@ -214,11 +216,14 @@ class Decoder(nn.Module):
     """Token table, layers and final norm.
 
     The layers are one scan, so a program holds one layer whatever the depth, and one layer's
-    weights are gathered at a time. The norm is applied to pooled tokens only.
+    weights are gathered at a time. The first of them may be frozen: these are a scan and arrays of
+    their own, so that no gradient of theirs is ever made. The norm is applied to pooled tokens
+    only.
     """
 
     options: _Options
     remat: str
+    frozen_layers: int
 
     @nn.compact
     def __call__(
@@ -241,16 +246,23 @@ class Decoder(nn.Module):
         if policy is not None:
             # The scan keeps the recomputation apart by itself: no barriers against merging it.
             block = nn.remat(DecoderLayer, policy=policy, prevent_cse=False)
-        layers = nn.scan(
-            block,
-            variable_axes={"params": 0, "lora": 0},
-            split_rngs={"params": True},
-            in_axes=(0, *(nn.broadcast,) * 3),
-            length=config.num_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(options, name="layers")
         numbers = jnp.arange(config.num_layers, dtype=jnp.int32)
-        x_BxTxD, _ = layers(x_BxTxD, numbers, angles, segment_ids_BxT, seeds)
+        frozen = dataclasses.replace(options, frozen_dtype=options.dtype)
+        for name, part, part_options in (
+            (FROZEN_LAYERS, numbers[: self.frozen_layers], frozen),
+            (LAYERS, numbers[self.frozen_layers :], options),
+        ):
+            if not part.size:
+                continue
+            layers = nn.scan(
+                block,
+                variable_axes={"params": 0, "lora": 0},
+                split_rngs={"params": True},
+                in_axes=(0, *(nn.broadcast,) * 3),
+                length=part.size,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )(part_options, name=name)
+            x_BxTxD, _ = layers(x_BxTxD, part, angles, segment_ids_BxT, seeds)
         return options.norm("norm")(gather_tokens(x_BxTxD, pool_positions_BxP))
 
 
@@ -262,9 +274,11 @@ class LlamaClassifier(nn.Module):
       lora: adapters; None trains the whole model.
       quantization: of the projections: "none", "int8" or "nf4".
       num_classes: width of the head, a linear layer without bias.
+      frozen_layers: how many of the first layers are not trained, where there are no adapters.
       head_dropout: dropout of the pooled state.
       dtype: of activations and matrix products; head, norms and softmax are float32.
-      frozen_dtype: of the base's weights where they are not quantised.
+      frozen_dtype: of the base's weights where they are not quantised; frozen layers beside
+        trained ones are of ``dtype``.
       remat: "none", "dots" or "full", see `pref_jax.models.bert.Encoder`.
       attention: what `choose_causal_implementation` returned.
       mesh: pins activations to the batch axes; None on one device.
@@ -274,6 +288,7 @@ class LlamaClassifier(nn.Module):
     lora: LoRAConfig | None = None
     quantization: str = "none"
     num_classes: int = 3
+    frozen_layers: int = 0
     head_dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
     frozen_dtype: jnp.dtype = jnp.float32
@@ -307,7 +322,7 @@ class LlamaClassifier(nn.Module):
             self.attention,
             self.mesh,
         )
-        pooled_BxPxD = Decoder(options, self.remat, name="decoder")(
+        pooled_BxPxD = Decoder(options, self.remat, self.frozen_layers, name="decoder")(
             input_ids_BxT,
             positions_BxT,
             segment_ids_BxT,

@@ -10,6 +10,8 @@ import numpy as np
 import optax
 from flax import traverse_util
 
+from pref_jax.models.llama import LAYERS
+
 Schedule = Callable[[jax.Array], jax.Array]
 
 
@@ -61,8 +63,8 @@ def make_optimizer(
             return update if head_ratio == 1.0 else update * head_ratio
         if layer_decay == 1.0:
             return update
-        if "/layers/" in path:  # all layers of a decoder in one array, layer 0 first
-            depths = np.arange(num_layers - 1, -1, -1).reshape(-1, *(1,) * (update.ndim - 1))
+        if f"/{LAYERS}/" in path:  # all trained layers of a decoder in one array, the top one last
+            depths = np.arange(len(update) - 1, -1, -1).reshape(-1, *(1,) * (update.ndim - 1))
             return update * np.asarray(layer_decay**depths, np.float32)
         found = re.search(r"layer_(\d+)/", path)
         depth = num_layers if found is None else num_layers - 1 - int(found[1])

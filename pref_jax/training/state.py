@@ -9,6 +9,7 @@ import optax
 from flax import struct, traverse_util
 from jax.sharding import NamedSharding
 
+from pref_jax.models.llama import FROZEN_LAYERS
 from pref_jax.training.precision import LossScale
 
 
@@ -50,9 +51,10 @@ def is_adapter(path: str) -> bool:
 
 
 def trainable_above(frozen_layers: int) -> Callable[[str], bool]:
-    """Paths outside the first ``frozen_layers`` encoder layers; the embeddings train."""
-    frozen = tuple(f"encoder/layer_{layer}/" for layer in range(frozen_layers))
-    return lambda path: not path.startswith(frozen) if frozen else True
+    """Paths outside the first ``frozen_layers`` layers; the embeddings train."""
+    layers = (f"encoder/layer_{layer}/" for layer in range(frozen_layers))
+    frozen = (f"decoder/{FROZEN_LAYERS}/", *layers)
+    return lambda path: not path.startswith(frozen)
 
 
 def abstract_state(

@@ -19,7 +19,7 @@ from pref_jax.weights.export import (
     write_folder,
 )
 from pref_jax.weights.files import INDEX, SINGLE, read_json
-from pref_jax.weights.llama import key_of
+from pref_jax.weights.llama import first_layers, key_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -180,29 +180,29 @@ def _merged(
 
     decoder, adapters = params["decoder"], params.get("lora", {}).get("decoder", {})
     yield "model.embed_tokens.weight", _checked("embedding", decoder["embed_tokens"]["embedding"])
-    layers = names.flatten(decoder["layers"])
-    kernels: dict[names.Path, Any] = {}
-    for path, leaf in layers.items():
-        if "kernel" in path[:-1]:
-            kernels.setdefault(path[:-1], {})[path[-1]] = leaf
-        else:
-            kernels[path] = leaf
-    depth = next(iter(layers.values())).shape[0]
-    for layer in range(depth):
-        for path, stack in kernels.items():
-            weights = jax.tree.map(lambda leaf, at=layer: leaf[at], stack)
-            if isinstance(weights, dict):
-                weights = dequantize(weights)
-            node: Any = adapters.get("layers", {})
-            for name in path[:-1]:
-                node = node.get(name, {})
-            weights = jnp.asarray(weights, jnp.float32)
-            if node and lora is not None:
-                update = jnp.matmul(node["a"][layer], node["b"][layer], precision="highest")
-                weights = weights + update * lora.scale
-            values = _checked("/".join(path), weights)
-            is_kernel = path[-1] == "kernel"
-            yield key_of(("layers", *path), layer), values.T if is_kernel else values
+    for name, first in first_layers(decoder).items():
+        layers = names.flatten(decoder[name])
+        kernels: dict[names.Path, Any] = {}
+        for path, leaf in layers.items():
+            if "kernel" in path[:-1]:
+                kernels.setdefault(path[:-1], {})[path[-1]] = leaf
+            else:
+                kernels[path] = leaf
+        for layer in range(next(iter(layers.values())).shape[0]):
+            for path, stack in kernels.items():
+                weights = jax.tree.map(lambda leaf, at=layer: leaf[at], stack)
+                if isinstance(weights, dict):
+                    weights = dequantize(weights)
+                node: Any = adapters.get(name, {})
+                for part in path[:-1]:
+                    node = node.get(part, {})
+                weights = jnp.asarray(weights, jnp.float32)
+                if node and lora is not None:
+                    update = jnp.matmul(node["a"][layer], node["b"][layer], precision="highest")
+                    weights = weights + update * lora.scale
+                values = _checked("/".join(path), weights)
+                is_kernel = path[-1] == "kernel"
+                yield key_of((name, *path), first + layer), values.T if is_kernel else values
     yield "model.norm.weight", _checked("norm", decoder["norm"]["scale"])
     yield "score.weight", np.asarray(_checked("score", params["head"]["kernel"])).T
 

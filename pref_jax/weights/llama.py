@@ -5,7 +5,7 @@ never holds more than the slice of one tensor of one layer that a device is abou
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,6 +139,18 @@ def read_rope(path: Path, content: Mapping[str, Any], max_positions: int) -> "Ro
     return RopeConfig(**values)
 
 
+def first_layers(decoder: Mapping[str, Any]) -> dict[str, int]:
+    """The stacks of layers in a decoder's tree, and the number of each one's first layer."""
+    from pref_jax.models.llama import FROZEN_LAYERS, LAYERS
+
+    first, firsts = 0, {}
+    for stack in (FROZEN_LAYERS, LAYERS):
+        if stack in decoder:
+            firsts[stack] = first
+            first += next(iter(names.flatten(decoder[stack]).values())).shape[0]
+    return firsts
+
+
 def key_of(path: names.Path, layer: int | None = None) -> str:
     """The key that holds the parameter at ``path`` below ``decoder``, of one layer where stacked.
 
@@ -150,9 +162,9 @@ def key_of(path: names.Path, layer: int | None = None) -> str:
             return f"{_PREFIX}embed_tokens.weight"
         case ("norm", "scale"):
             return f"{_PREFIX}norm.weight"
-        case ("layers", norm, "scale") if norm in _NORMS:
+        case (_, norm, "scale") if norm in _NORMS:
             return f"{_PREFIX}layers.{layer}.{norm}.weight"
-        case ("layers", module, projection, "kernel"):
+        case (_, module, projection, "kernel"):
             return f"{_PREFIX}layers.{layer}.{module}.{projection}.weight"
     raise KeyError(f"no parameter of llama is called {'/'.join(path)}")
 
@@ -199,29 +211,36 @@ def load_decoder(source: Path, abstract: Mapping[str, Any], quantization: str) -
             targets.setdefault(path[:-1], {})[path[-1]] = leaf
         else:
             targets[path] = leaf
+    firsts = first_layers(abstract)
     with open_decoder(source) as tensors:
-        _check(source, tensors, targets)
+        _check(source, tensors, targets, firsts)
         loaded: dict[names.Path, Any] = {}
         for path, target in targets.items():
-            if path[0] == "layers":
-                filled = _fill(tensors, path, target, quantization)
+            if path[0] in firsts:
+                keys = [key_of(path, layer) for layer in _layers(target, firsts[path[0]])]
+                filled = _fill(tensors, keys, target, quantization)
             else:
                 filled = _read(tensors[key_of(path)], target.shape, target.dtype, target.sharding)
             loaded |= names.flatten(filled, path) if isinstance(filled, dict) else {path: filled}
         return names.unflatten({path: loaded[path] for path in leaves})
 
 
-def _check(source: Path, tensors: Mapping[str, Tensor], targets: Mapping[names.Path, Any]) -> None:
+def _check(
+    source: Path,
+    tensors: Mapping[str, Tensor],
+    targets: Mapping[names.Path, Any],
+    firsts: Mapping[str, int],
+) -> None:
     """The tensors are those of the model: nothing is missing, left over or of another shape."""
 
     wanted: dict[str, tuple[int, ...]] = {}
     for path, target in targets.items():
         shape = _full_shape(target)
-        if path[0] != "layers":
+        if path[0] not in firsts:
             wanted[key_of(path)] = shape
             continue
         one = shape[1:][::-1]  # files hold [out, in]
-        wanted |= {key_of(path, layer): one for layer in range(shape[0])}
+        wanted |= {key_of(path, layer): one for layer in _layers(target, firsts[path[0]])}
     for key, tensor in tensors.items():
         if key not in wanted:
             if key.endswith(_IGNORED):
@@ -251,6 +270,11 @@ def _check(source: Path, tensors: Mapping[str, Tensor], targets: Mapping[names.P
         )
 
 
+def _layers(target: Any, first: int) -> range:
+    """Numbers of the layers that a stack holds."""
+    return range(first, first + _full_shape(target)[0])
+
+
 def _full_shape(target: Any) -> tuple[int, ...]:
     """Shape of the float array that a target stands for."""
     if not isinstance(target, dict):
@@ -266,8 +290,10 @@ def _read(tensor: Tensor, shape: tuple[int, ...], dtype: Any, sharding: Any) -> 
     return jax.make_array_from_callback(shape, sharding, make_reader(tensor, dtype, transposed))
 
 
-def _fill(tensors: Mapping[str, Tensor], path: names.Path, target: Any, quantization: str) -> Any:
-    """The stack of one parameter over all layers."""
+def _fill(
+    tensors: Mapping[str, Tensor], keys: Sequence[str], target: Any, quantization: str
+) -> Any:
+    """The stack of the tensors with these keys, one for each layer."""
     import jax
     import jax.numpy as jnp
     from jax import lax
@@ -276,7 +302,7 @@ def _fill(tensors: Mapping[str, Tensor], path: names.Path, target: Any, quantiza
     from pref_jax.models.quantize import quantize
 
     full = _full_shape(target)
-    is_kernel = path[-1] == "kernel"
+    is_kernel = len(full) == 3
     values = target["values"] if isinstance(target, dict) else target
     spec = tuple(values.sharding.spec) + (None,) * (len(full) - len(values.sharding.spec))
     one = NamedSharding(values.sharding.mesh, PartitionSpec(*spec[1:]))
@@ -293,8 +319,8 @@ def _fill(tensors: Mapping[str, Tensor], path: names.Path, target: Any, quantiza
 
     put = jax.jit(put, donate_argnums=0, out_shardings=shardings)
     stack = jax.jit(allocate, out_shardings=shardings)()
-    for layer in range(full[0]):
-        tensor = tensors[key_of(path, layer)]
+    for layer, key in enumerate(keys):
+        tensor = tensors[key]
         # A file's 16-bit weights are quantised from float32 on the device, not on the host.
         dtype = FLOATS[tensor.dtype] if isinstance(target, dict) else target.dtype
         weights = jax.make_array_from_callback(

@@ -239,6 +239,36 @@ def test_a_quantised_base_trains_and_merges(
         np.testing.assert_allclose(got, example["probabilities"], atol=1e-4)
 
 
+def test_layers_can_be_frozen_without_adapters(base: Path, arena: Path, tmp_path: Path) -> None:
+    outcome = call(
+        "train",
+        *DECODER,
+        "--config.model.lora.rank=0",
+        "--config.model.frozen_layers=1",
+        f"--config.model.pretrained={base}",
+        f"--config.data.train={arena}/train.csv",
+        "--config.train.max_steps=2",
+        f"--workdir={tmp_path}/run",
+    )
+    assert outcome.code == 0, outcome
+    outcome = call("export", f"--workdir={tmp_path}/run", f"--output={tmp_path}/whole")
+    assert outcome.code == 0, outcome
+    before = transformers.LlamaForSequenceClassification.from_pretrained(base, num_labels=3)
+    after = transformers.LlamaForSequenceClassification.from_pretrained(tmp_path / "whole").eval()
+    changed = {
+        name: not torch.equal(value, after.state_dict()[name])
+        for name, value in before.state_dict().items()
+    }
+    assert changed == {name: "layers.0." not in name for name in changed}
+    manifest = json.loads(next((tmp_path / "run").glob("checkpoints/*/manifest.json")).read_text())
+    assert not any("frozen_layers" in name for name in manifest["leaves"])
+    described = json.loads((tmp_path / "whole" / "pref_jax.json").read_text())
+    for example in described["examples"]:
+        with torch.no_grad():
+            logits = after(input_ids=torch.tensor([example["input_ids"]])).logits
+        np.testing.assert_allclose(logits.softmax(-1)[0], example["probabilities"], atol=1e-4)
+
+
 def _cut_shard(folder: Path) -> str:
     shard = sorted(folder.glob("model-*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-100])
@@ -374,7 +404,7 @@ def test_a_stray_file_is_not_merged(base: Path, decoder: Path, tmp_path: Path) -
         ("--config.input.layout=single", "choose decoder"),
         ("--config.input.max_length=20", "give at least"),
         ("--config.input.template=x", "input.template"),
-        ("--config.model.frozen_layers=1", "frozen_layers"),
+        ("--config.model.frozen_layers=1", "beside adapters"),
         ("--config.model.lora.rank=0 --config.model.quantization=nf4", "frozen weights"),
         ("--config.mesh.tensor=3", "mesh"),
     ],

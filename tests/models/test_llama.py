@@ -26,9 +26,14 @@ from pref_jax.models.llama import LlamaClassifier, LlamaConfig
 from pref_jax.models.lora import LoRAConfig
 from pref_jax.models.quantize import dequantize
 from pref_jax.models.rope import RopeConfig
-from pref_jax.training.state import is_adapter, merge_parameters, split_parameters
+from pref_jax.training.state import (
+    is_adapter,
+    merge_parameters,
+    split_parameters,
+    trainable_above,
+)
 from pref_jax.training.step import make_gradient, make_predict_step
-from pref_jax.weights.llama import load_decoder, read_llama_config
+from pref_jax.weights.llama import key_of, load_decoder, read_llama_config
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -208,6 +213,46 @@ def test_logits_and_gradients_equal_peft(rope: str, tmp_path: Path) -> None:
         for layer in range(2):
             wanted = adapter_of(theirs, path, layer).grad.numpy().T
             assert relative(gradient[layer], wanted) < 1e-3, (path, layer)
+
+
+def test_gradients_stop_at_frozen_layers(tmp_path: Path) -> None:
+    theirs = reference("llama3", num_hidden_layers=3)
+    config = read_llama_config_of(theirs, tmp_path)
+    rows = Rows([[40], [9], [64]], pools_last=True)
+    samples = make_samples(rows)
+    expected = answer(theirs, rows, [0, 1, 2])
+    torch.nn.functional.cross_entropy(expected, torch.tensor(samples.labels)).backward()
+    wanted = {n: p.grad.numpy() for n, p in theirs.named_parameters() if p.grad is not None}
+    update = pack_all(samples, make_geometry(64, 1, packing=True))
+    for frozen_layers in (0, 2, 3):
+        ours = LlamaClassifier(config, frozen_layers=frozen_layers)
+        params = convert(tmp_path, theirs, ours, adapted=False)
+        logits = score(ours, params, rows)
+        np.testing.assert_allclose(logits, expected.detach().numpy(), atol=1e-4)
+        trainable, frozen = split_parameters(params, trainable_above(frozen_layers))
+        gradients, _ = jax.jit(make_gradient(ours, seed=0))(
+            trainable, frozen, update, jnp.int32(0), jnp.float32(1.0)
+        )
+        found = traverse_util.flatten_dict(gradients["decoder"])
+        keys = {}
+        for path, leaf in found.items():
+            if path[0] == "layers":
+                keys |= {
+                    key_of(path, frozen_layers + layer): leaf[layer] for layer in range(len(leaf))
+                }
+            else:
+                keys[key_of(path)] = leaf
+        trained = {f".{layer}." for layer in range(frozen_layers, 3)}
+        assert set(keys) == {
+            name
+            for name in wanted
+            if name != "score.weight"
+            and (".layers." not in name or any(part in name for part in trained))
+        }
+        for name, leaf in keys.items():
+            is_kernel = leaf.ndim == 2 and "embed" not in name
+            assert relative(leaf.T if is_kernel else leaf, wanted[name]) < 1e-3, name
+        assert relative(gradients["head"]["kernel"].T, wanted["score.weight"]) < 1e-3
 
 
 def read_llama_config_of(base: Any, folder: Path) -> LlamaConfig:
