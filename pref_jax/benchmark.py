@@ -4,7 +4,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -25,18 +25,22 @@ from pref_jax.training.run import CompiledStep, make_plan
 from pref_jax.training.state import create_state
 
 
-def encoder_flops(config: EncoderConfig, lengths: np.ndarray, *, training: bool) -> float:
+def encoder_flops(
+    config: EncoderConfig, lengths: np.ndarray, *, training: bool, trained_share: float = 1.0
+) -> float:
     """Floating-point operations that encoding sequences of these lengths takes.
 
     A matrix product of weights costs 2 x parameters x tokens forward, attention 4 x n^2 x width per
-    layer and sequence of n tokens; the backward pass costs twice the forward pass. In the last
-    layer only keys and values of every token count, since only the first token's state is used.
-    Embeddings, norms, activations and the head (under 0.1 %) are left out, padding counts nothing.
+    layer and sequence of n tokens; the backward pass costs twice the forward pass, but for the
+    weights of frozen layers, which have no gradient. In the last layer only keys and values of
+    every token count, since only the first token's state is used. Embeddings, norms, activations
+    and the head (under 0.1 %) are left out, padding counts nothing.
 
     Args:
       config: the encoder.
       lengths: tokens of each sequence.
       training: forward and backward, or forward alone.
+      trained_share: of the layers; the first ones are frozen.
     """
     width, inner = config.hidden_size, config.intermediate_size
     tokens, squares = float(lengths.sum()), float((lengths.astype(np.float64) ** 2).sum())
@@ -46,11 +50,14 @@ def encoder_flops(config: EncoderConfig, lengths: np.ndarray, *, training: bool)
     full = layers * (per_token * tokens + 4.0 * squares * width)
     last = 2.0 * 2.0 * width * width * tokens  # keys and values
     last += sequences * 2.0 * (2.0 * width * width + 2.0 * width * inner) + 4.0 * tokens * width
-    return (full + last) * (3.0 if training else 1.0)
+    if not training:
+        return full + last
+    untouched = (1.0 - trained_share) * config.num_layers * per_token * tokens
+    return (full + last) * 3.0 - untouched
 
 
 def decoder_flops(
-    config: LlamaConfig, lengths: np.ndarray, *, training: bool, frozen: bool
+    config: LlamaConfig, lengths: np.ndarray, *, training: bool, trained_share: float
 ) -> float:
     """Floating-point operations that reading sequences of these lengths takes.
 
@@ -65,7 +72,7 @@ def decoder_flops(
       config: the decoder.
       lengths: tokens of each sequence.
       training: forward and backward, or forward alone.
-      frozen: whether the projections are.
+      trained_share: of the projections; 0 with adapters.
     """
     heads = config.num_heads * config.head_dim
     tokens, squares = float(lengths.sum()), float((lengths.astype(np.float64) ** 2).sum())
@@ -73,7 +80,7 @@ def decoder_flops(
     attention = 2.0 * config.num_layers * heads * squares
     if not training:
         return products + attention
-    return products * (2.0 if frozen else 3.0) + attention * 3.0
+    return products * (2.0 + trained_share) + attention * 3.0
 
 
 def peak_flops(device: jax.Device, devices: int) -> float:
@@ -125,12 +132,11 @@ def benchmark(config: ConfigDict, *, mode: str, steps: int, rows: int | None) ->
     scored = sum(int((packed.samples >= 0).sum()) for u in updates for packed in u.buckets)
     padding = padding_fraction(updates)
     total = float(seconds.sum())
-    architecture, training = experiment.backbone.architecture, mode == "train"
-    if isinstance(architecture, LlamaConfig):
-        frozen = bool(config.model.lora.rank)
-        flops = decoder_flops(architecture, lengths, training=training, frozen=frozen)
-    else:
-        flops = encoder_flops(architecture, lengths, training=training)
+    architecture = experiment.backbone.architecture
+    is_decoder = isinstance(architecture, LlamaConfig)
+    count: Callable[..., float] = decoder_flops if is_decoder else encoder_flops
+    share = experiment.trained_share
+    flops = count(architecture, lengths, training=mode == "train", trained_share=share)
     peak = peak_flops(device, experiment.mesh.devices.size)
     return {
         "mode": mode,

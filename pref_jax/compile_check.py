@@ -223,7 +223,7 @@ def estimate(experiment: Experiment) -> Work:
     units, length_of_unit = shapes[-1][1], experiment.geometry.unit_lengths[-1]
     microbatches = math.ceil(tokens / (units * length_of_unit))
     adapters = bool(config.model.lora.rank)
-    trained = _trained_share(experiment)
+    trained = experiment.trained_share
     again = 1.0 if config.train.remat == "full" else 0.0
     shape = _describe(architecture)
 
@@ -275,14 +275,6 @@ def _describe(architecture: EncoderConfig | LlamaConfig) -> _Shape:
         activations = 10 * width + 2 * inner
     parameters = float(layers * architecture.layer_parameters)
     return _Shape(layers, width, query, parameters, float(activations))
-
-
-def _trained_share(experiment: Experiment) -> float:
-    """How much of the matrices has gradients of its own."""
-    config = experiment.config.model
-    if config.lora.rank:
-        return 0.0
-    return 1.0 - config.frozen_layers / experiment.backbone.architecture.num_layers
 
 
 def _weight_bytes(params: Any) -> float:

@@ -433,6 +433,14 @@ class Experiment:
             return split_parameters(params, is_adapter)
         return split_parameters(params, trainable_above(self.config.model.frozen_layers))
 
+    @property
+    def trained_share(self) -> float:
+        """How much of the layers' matrices has gradients of its own: 0 with adapters."""
+        section = self.config.model
+        if section.lora.rank:
+            return 0.0
+        return 1.0 - float(section.frozen_layers) / self.backbone.architecture.num_layers
+
     def initial_params(self, base: Any = None) -> Any:
         """New head and adapters, and the base as the backbone says; placed on the mesh.
 
