@@ -33,6 +33,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pref_jax.annotation.properties import load_properties
 from pref_jax.data import phrases
 from pref_jax.data.arena import LABELS, TEXTS
 from pref_jax.errors import InputError
@@ -75,35 +76,6 @@ _ALWAYS_FROM = 300
 FILES = ("truth.json", "train.csv", "test.csv", "test_labels.csv", "annotations.jsonl")
 _EMPTY_SIDES: tuple[list[str | None], ...] = ([None], [], [""], [" "], ["", ""])
 
-RATINGS = (
-    "harmlessness",
-    "grammar_and_spelling",
-    "friendly",
-    "polite",
-    "interactive",
-    "authoritative_tone",
-    "funny",
-    "figures_of_speech",
-    "complex_words_and_sentences",
-    "explicit_supporting_materials",
-    "well_formatted",
-    "admits_limitations_or_mistakes",
-    "persuades_the_user",
-    "step_by_step_solution",
-    "informal_expressions",
-    "non_repetitive",
-    "clear_and_understandable",
-    "relevance",
-    "novelty",
-    "information_richness",
-)
-QUERY_FLAGS = (
-    "unclear_intent",
-    "shows_feelings",
-    "explicit_constraints",
-    "subjective_stances",
-    "mistakes_or_biases",
-)
 ANNOTATED_ROWS = 4000  # The study rated about this many queries.
 
 Turns = list[str | None]
@@ -435,11 +407,12 @@ def _count(text: str, language: phrases.Language) -> float:
 def _annotations(rows: Sequence[Row], seed: int) -> Iterator[dict[str, Any]]:
     """Ratings of every response, noisy functions of what is in the text."""
     model = "simulated-judge"
+    flags = load_properties().flag_names
     for row in rows:
         generator = random.Random(f"{seed}/annotations/{row.id}")
         query = {
             name: int(generator.random() < share)
-            for name, share in zip(QUERY_FLAGS, _FLAG_SHARES, strict=True)
+            for name, share in zip(flags, _FLAG_SHARES, strict=True)
         }
         query["explicit_constraints"] |= any("Keep it under" in (t or "") for t in row.prompt)
         query["subjective_stances"] |= any("My own view" in (t or "") for t in row.prompt)

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pref_jax.annotation.properties import load_properties
 from pref_jax.data import phrases, simulate
 from pref_jax.data.arena import LABELS, TEXTS, parse_turns, read_comparisons
 from pref_jax.errors import InputError
 
+RATINGS = load_properties().rating_names
 FILES = ["annotations.jsonl", "test.csv", "test_labels.csv", "train.csv", "truth.json"]
 
 
@@ -190,11 +192,10 @@ def test_annotations(arena: Path) -> None:
     keys = ["id", "side", "query", "ratings", "reasons", "key", "model"]
     assert list(lines[0]) == [*keys, "attempts", "tokens", "cost"]
     for line in lines:
-        assert list(line["ratings"]) == list(line["reasons"]) == list(simulate.RATINGS)
+        assert list(line["ratings"]) == list(line["reasons"]) == list(RATINGS)
         assert set(line["ratings"].values()) <= {0, 1, 2, 3}
         assert len(line["query"]) == 5 and set(line["query"].values()) <= {0, 1}
-    assert len(simulate.RATINGS) == 20
-    ratings = {name: [line["ratings"][name] for line in lines] for name in simulate.RATINGS}
+    ratings = {name: [line["ratings"][name] for line in lines] for name in RATINGS}
     made = simulate.generate(300, "7/train", first_id=30192)
     quality = [response.quality for row in made for response in row.responses]
     assert np.corrcoef(quality, ratings["clear_and_understandable"])[0, 1] > 0.8
