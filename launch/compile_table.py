@@ -17,7 +17,7 @@ flags.DEFINE_string("only", None, "Regular expression: only rows whose text it i
 
 _LLAMA = "configs/llama_lora.py"
 _QLORA = "configs/llama_qlora.py"
-_BERTS = (("single", 256, 32), ("parallel", 64, 16))
+_BERTS = (("single", 256, 32), ("parallel", 32, 8))
 # Preset, slice, rows per update, sequences per device and microbatch, tokens, further fields. An
 # update is one microbatch.
 ROWS = [

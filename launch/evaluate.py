@@ -3,6 +3,8 @@
 Examples:
   python launch/evaluate.py --workdir=runs/quickstart --data=test_labelled.csv
   python launch/evaluate.py --workdir=runs/mine --data=valid.csv --output=valid.json --swap_average
+  python launch/evaluate.py --workdir=runs/multitask_bert --data=train.csv \
+      --annotations=annotations.jsonl
 
 Several hosts share the work: the same command on each; host 0 prints and writes.
   python launch/evaluate.py --workdir=runs/mine --data=valid.csv \
@@ -16,6 +18,7 @@ from pref_jax import command, hosts
 flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 flags.DEFINE_string("data", None, "Labelled CSV, CSV.gz or Parquet.", required=True)
 flags.DEFINE_string("output", None, "JSON file to write.")
+flags.DEFINE_string("annotations", None, "Ratings to judge a multi-task run by: JSON lines.")
 flags.DEFINE_bool("swap_average", False, "Score both orders of the responses and average.")
 flags.DEFINE_string("base", None, "Where the frozen weights of the run are now, if they moved.")
 hosts.define_flags()
@@ -32,6 +35,7 @@ def main(options):
             output=options.output,
             swap_average=options.swap_average,
             base=options.base,
+            annotations=options.annotations,
         )
 
 

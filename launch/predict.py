@@ -1,8 +1,11 @@
 """Writes the probabilities of A wins, B wins and tie for each row of a file.
 
+A multi-task run (configs/multitask_bert.py) writes the ratings of each response instead.
+
 Examples:
   python launch/predict.py --workdir=runs/quickstart --data=test.csv --output=submission.csv
   python launch/predict.py --workdir=runs/mine --data=test.csv --output=out.csv --swap_average
+  python launch/predict.py --workdir=runs/multitask_bert --data=test.csv --output=ratings.jsonl
 
 Several hosts share the work: the same command on each; host 0 writes the file.
   python launch/predict.py --workdir=runs/mine --data=test.csv --output=submission.csv \

@@ -120,10 +120,11 @@ def benchmark(config: ConfigDict, *, mode: str, steps: int, rows: int | None) ->
     Returns:
       The fields of ``launch/benchmark.py``'s JSON.
     """
-    comparisons = read_comparisons(training_data(config), labelled=True)
+    labelled = None if config.input.layout == "response" else True
+    comparisons = read_comparisons(training_data(config), labelled=labelled)
     experiment = Experiment(config, find_backbone(config, comparisons))
     samples = experiment.make_samples(comparisons, orders=1 if config.data.swap == "none" else 2)
-    chosen = np.arange(len(comparisons))[:rows]
+    chosen = np.arange(samples.num_rows)[:rows]
     device = experiment.mesh.devices.flat[0]
     run = _time_training if mode == "train" else _time_prediction
     timing = run(experiment, samples, chosen, steps)

@@ -56,6 +56,8 @@ def default_config() -> ConfigDict:
     config.data = ConfigDict()
     config.data.train = placeholder(str)  # CSV, CSV.gz or Parquet; has to be named
     config.data.valid = placeholder(str)  # the same; None: a part of train is held out
+    config.data.annotations = placeholder(str)  # ratings of responses, for the multi-task model
+    config.data.properties = placeholder(str)  # what was rated, a TOML file; None: the paper's 20
     config.data.split = "grouped"  # no prompt on both sides; "random" is the paper's
     config.data.valid_fraction = 0.1  # of the rows, where there is no data.valid
     config.data.fold = placeholder(int)  # 0 to folds - 1: cross-validation, this part held out
@@ -153,16 +155,34 @@ def encoder_config(arguments: str | None, *, layout: str) -> ConfigDict:
     """The paper's recipe for a BERT encoder, which its Single and Parallel models share.
 
     Args:
-      arguments: what stands behind the colon: a word of `BACKBONES`, or nothing for BERT-base.
+      arguments: what stands behind the colon: a word of `BACKBONES`, or nothing for BERT-base;
+        and "annotated" to start from the encoder of the multi-task run of that backbone, in the
+        folder that launch/train.py gives it.
       layout: "single" or "parallel".
     """
     given = parse_arguments(arguments, backbone=tuple(BACKBONES), start=("annotated",))
+    config = _encoder_recipe(given["backbone"], layout)
     if given["start"]:
-        raise InputError(
-            "--config",
-            "the annotated preset starts from a multi-task run, which cannot be trained yet",
-            "leave annotated out, or start from another run with --config.model.init_from=WORKDIR",
-        )
+        run = "multitask_bert" + (f"_{given['backbone']}" if given["backbone"] else "")
+        config.model.pretrained = None
+        config.model.init_from = f"runs/{run}"
+        config.model.frozen_layers = 3
+    return config
+
+
+def rating_config(arguments: str | None) -> ConfigDict:
+    """The paper's recipe for its multi-task model.
+
+    Args:
+      arguments: a word of `BACKBONES`, or nothing for BERT-base.
+    """
+    given = parse_arguments(arguments, backbone=tuple(BACKBONES))
+    config = _encoder_recipe(given["backbone"], "response")
+    config.train.epochs = 5.0
+    return config
+
+
+def _encoder_recipe(backbone: str | None, layout: str) -> ConfigDict:
     config = default_config()
     config.data.split = "grouped"
 
@@ -172,8 +192,8 @@ def encoder_config(arguments: str | None, *, layout: str) -> ConfigDict:
     config.input.reuse_unused = False
     config.input.truncation = "head"
 
-    config.model.pretrained = BACKBONES[given["backbone"] or "bert-base"]
-    if given["backbone"] == "distilbert":
+    config.model.pretrained = BACKBONES[backbone or "bert-base"]
+    if backbone == "distilbert":
         config.model.family, config.model.config.num_layers = "distilbert", 6
     config.model.head_dropout = 0.1
     config.model.frozen_layers = 0
@@ -297,6 +317,17 @@ def training_data(config: ConfigDict) -> str:
     return config.data.train
 
 
+def rating_data(config: ConfigDict) -> str:
+    """The path of the ratings that a multi-task model learns; asks for it where none is named."""
+    if config.data.annotations is None:
+        raise InputError(
+            "--config.data.annotations",
+            "no ratings are named",
+            "type --config.data.annotations=annotations.jsonl; launch/annotate.py makes them",
+        )
+    return config.data.annotations
+
+
 def run_name(path: str) -> str:
     """The name of a run: ``configs/single_bert.py:minilm`` is ``single_bert_minilm``."""
     file, _, arguments = path.partition(":")
@@ -345,7 +376,7 @@ def check(config: ConfigDict) -> None:
         value = get(config, name)
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"--config.{name}", f"{value} is out of range", "it must be above 0")
-    _check_data(config.data)
+    _check_data(config)
     _check_input(config)
     _check_model(config.model)
     _check_mesh(config.mesh)
@@ -390,7 +421,25 @@ _ABOVE_ZERO = (
 )
 
 
-def _check_data(data: ConfigDict) -> None:
+def _check_data(config: ConfigDict) -> None:
+    data, is_rated = config.data, config.input.layout == "response"
+    if is_rated and data.swap != "none":
+        raise InputError(
+            "--config.data.swap",
+            f"{data.swap} exchanges two responses, and layout response reads one",
+            "set it to none",
+        )
+    if is_rated and config.eval.calibrate:
+        raise InputError(
+            "--config.eval.calibrate", "there is no preference to calibrate", "set it to false"
+        )
+    for name in ("annotations", "properties"):
+        if data[name] is not None and not is_rated:
+            raise InputError(
+                f"--config.data.{name}",
+                f"layout {config.input.layout} learns preferences, not ratings",
+                "leave it out, or train configs/multitask_bert.py",
+            )
     if not 0 < data.valid_fraction < 1:
         raise InputError(
             "--config.data.valid_fraction",

@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 
 from pref_jax import hosts
 from pref_jax import mesh as meshes
+from pref_jax.annotation.properties import Property, PropertySet, load_properties
 from pref_jax.config import parse_targets
 from pref_jax.data.batches import Geometry, Samples, make_geometry
 from pref_jax.data.segments import Layout
@@ -40,6 +41,7 @@ from pref_jax.models.rope import RopeConfig
 from pref_jax.training.checkpoints import Checkpoints
 from pref_jax.training.precision import choose_precision
 from pref_jax.training.state import is_adapter, split_parameters, trainable_above
+from pref_jax.training.tasks import Task, make_rating_task, preference_task
 from pref_jax.training.workdir import Workdir
 
 if TYPE_CHECKING:
@@ -104,6 +106,13 @@ def find_backbone(config: ConfigDict, texts: "Comparisons") -> Backbone:
         )
     if section.init_from is not None:
         workdir = Path(section.init_from)
+        if not (workdir / _MODEL_FILE).is_file():
+            raise InputError(
+                "--config.model.init_from",
+                f"there is no run in {workdir}",
+                "train it first, as in launch/train.py --config=configs/multitask_bert.py:minilm, "
+                "or name another run",
+            )
         architecture, _, _ = _read_model(workdir)
         if isinstance(architecture, LlamaConfig):
             raise InputError(
@@ -248,6 +257,7 @@ class Experiment:
       config, backbone: what it was made from.
       layout, geometry: how rows become packed units.
       mesh, precision, model: where, in which dtypes and what is computed.
+      properties: what a multi-task model rates; None for a model of preferences.
       microbatch_size: sequences of ``max_length`` per device and forward pass.
       abstract_params: nested dict of `jax.ShapeDtypeStruct` with shardings.
     """
@@ -257,6 +267,7 @@ class Experiment:
         config: ConfigDict,
         backbone: Backbone,
         *,
+        properties: PropertySet | None = None,
         devices: Sequence[jax.Device] | None = None,
     ) -> None:
         """Makes the parts.
@@ -264,6 +275,7 @@ class Experiment:
         Args:
           config: checked config.
           backbone: what `find_backbone` returned.
+          properties: of a multi-task run that is there already; else those that the config names.
           devices: all of this process's world when nothing is said; those of a topology to compile
             for devices that are not there.
         """
@@ -272,6 +284,9 @@ class Experiment:
         self.is_decoder = isinstance(architecture, LlamaConfig)
         self.layout = make_layout(config)
         self._check_layout()
+        self.properties = properties
+        if properties is None and self.layout.name == "response":
+            self.properties = load_properties(config.data.properties)
         self.mesh = meshes.make_mesh(
             config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=devices
         )
@@ -292,6 +307,7 @@ class Experiment:
             self.layout.max_length,
             self.layout.sides,
             packing=packing == "on" or (packing == "auto" and self.attention != "cudnn"),
+            label_shape=(len(self.properties.ratings),) if self.properties else (),
         )
         self.microbatch_size: int = config.train.microbatch_size or self._choose_microbatch(device)
         self.model: nn.Module = self._make_model()
@@ -299,17 +315,11 @@ class Experiment:
 
     def _check_layout(self) -> None:
         architecture, name = self.backbone.architecture, self.layout.name
-        if name == "response":
-            raise InputError(
-                "--config.input.layout",
-                "'response' reads one response, and preferences need both",
-                "choose single or parallel",
-            )
         if self.is_decoder != (name == "decoder"):
             raise InputError(
                 "--config.input.layout",
                 f"{name!r} is not for {architecture.family}",
-                "choose decoder" if self.is_decoder else "choose single or parallel",
+                "choose decoder" if self.is_decoder else "choose single, parallel or response",
             )
         if self.layout.max_length > architecture.max_positions:
             raise InputError(
@@ -380,12 +390,27 @@ class Experiment:
             )
         return PreferenceClassifier(
             architecture,
+            num_classes=self.num_outputs,
             head_dropout=float(config.model.head_dropout),
             dtype=self.precision.compute,
             remat=config.train.remat,
             attention=self.attention,
             longest=self.layout.max_length,
         )
+
+    @property
+    def num_outputs(self) -> int:
+        """Logits of a row: three classes, or those of every rating's head."""
+        if self.properties is None:
+            return 3
+        return len(self.properties.ratings) * len(self.properties.scale)
+
+    @property
+    def task(self) -> Task:
+        """What the model is trained for."""
+        if self.properties is None:
+            return preference_task
+        return make_rating_task(len(self.properties.ratings))
 
     def _shapes(self) -> Any:
         units = meshes.batch_shards(self.mesh)  # one for each device, as its kernels expect
@@ -416,10 +441,27 @@ class Experiment:
             )
         return tokenizer
 
-    def make_samples(self, comparisons: "Comparisons", *, orders: int = 1) -> Samples:
-        """Tokenises comparisons, through the cache; two orders add A and B exchanged."""
+    def make_samples(
+        self, comparisons: "Comparisons", *, orders: int = 1, ratings: np.ndarray | None = None
+    ) -> Samples:
+        """Tokenises comparisons, through the cache; two orders add A and B exchanged.
+
+        The samples of a multi-task model are responses: ``2 * row + side``, side 0 for A.
+
+        Args:
+          comparisons: the file.
+          orders: 1 or 2.
+          ratings: of a multi-task model: int8 ``[2 * rows, H]``, -1 where there is none; None: all
+            are unknown.
+        """
         from pref_jax.data.features import make_features
 
+        if self.properties is not None:
+            if ratings is None:
+                shape = 2 * len(comparisons), len(self.properties.ratings)
+                ratings = np.full(shape, -1, np.int8)
+            features = make_features(comparisons, self.tokenizer, self.layout)
+            return Samples([features], ratings, np.ones(len(ratings), bool))
         both = (comparisons, exchange_responses(comparisons)) if orders > 1 else (comparisons,)
         return Samples(
             [make_features(part, self.tokenizer, self.layout) for part in both],
@@ -522,6 +564,7 @@ class Experiment:
             self.geometry,
             microbatch_size=max(self.microbatch_size, least),
             abstract_params=self.abstract_params,
+            num_outputs=self.num_outputs,
         )
 
     # What a workdir keeps, so that it can be used without the pretrained folder.
@@ -550,10 +593,17 @@ class Experiment:
             "data": data,
             "parameters": self.count_parameters(),
         }
+        if self.properties is not None:
+            content["properties"] = dataclasses.asdict(self.properties)
         if (workdir / _MODEL_FILE).exists():
             before = read_json(workdir / _MODEL_FILE, "remove the workdir and train again")
-            for name, what in (("data", "data"), ("architecture", "weights"), ("base", "weights")):
-                if _without_place(before.get(name)) != _without_place(content[name]):
+            for name, what in (
+                ("data", "data"),
+                ("properties", "properties"),
+                ("architecture", "weights"),
+                ("base", "weights"),
+            ):
+                if _without_place(before.get(name)) != _without_place(content.get(name)):
                     raise InputError(
                         str(workdir / _MODEL_FILE),
                         f"the run was started with other {what}",
@@ -603,6 +653,24 @@ def _read_model(workdir: Path) -> tuple[Architecture, dict[str, str], dict[str, 
     except (KeyError, TypeError) as error:
         raise InputError(
             str(workdir / _MODEL_FILE), f"is not a model of this project ({error})", remedy
+        ) from error
+
+
+def _read_properties(workdir: Path, content: dict[str, Any]) -> PropertySet | None:
+    """What a multi-task run rates: its own copy, since the file may have changed."""
+    values = content.get("properties")
+    if values is None:
+        return None
+    try:
+        return PropertySet(
+            values["name"],
+            tuple(values["scale"]),
+            tuple(Property(**flag) for flag in values["flags"]),
+            tuple(Property(**rating) for rating in values["ratings"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            str(workdir / _MODEL_FILE), f"properties: {error}", "train the run again"
         ) from error
 
 
@@ -680,10 +748,14 @@ def load_run(workdir: Path, *, mesh: dict[str, int] | None = None, base: str | N
     """
     config = read_config(workdir)
     config.mesh.update(mesh or {"data": -1, "fsdp": 1, "tensor": 1})
-    architecture, origin, _ = _read_model(workdir)
+    architecture, origin, content = _read_model(workdir)
     if base is not None:
         origin = {**origin, "source": base}
-    experiment = Experiment(config, Backbone(architecture, workdir / _TOKENIZER_FOLDER, origin))
+    experiment = Experiment(
+        config,
+        Backbone(architecture, workdir / _TOKENIZER_FOLDER, origin),
+        properties=_read_properties(workdir, content),
+    )
     checkpoints = Checkpoints(workdir / "checkpoints", keep=1, read_only=True)
     step = checkpoints.best_step()
     if hosts.count() > 1:

@@ -88,11 +88,9 @@ def pack_all(samples: Samples, geometry: Geometry) -> Update:
     numbers = np.arange(samples.num_rows)
     units = pack(samples.lengths[numbers].sum(axis=1), numbers, geometry)
     buckets, counts = [], []
-    for bucket, (length, rows) in enumerate(
-        zip(geometry.unit_lengths, geometry.rows_per_unit, strict=True)
-    ):
+    for bucket in range(len(geometry.unit_lengths)):
         mine = [(at, unit) for at, unit in enumerate(units) if unit.bucket == bucket]
-        packed = allocate((max(1, len(mine)), 1), length, rows, geometry.sides)
+        packed = allocate((max(1, len(mine)), 1), geometry, bucket)
         for place, (at, unit) in enumerate(mine):
             write_unit(packed, (place, 0), at, unit, samples)
         buckets.append(packed)

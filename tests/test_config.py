@@ -98,7 +98,7 @@ def test_values_get_the_type_of_their_field(name: str, text: str | None, value: 
         ("seed.x", "3", "seed is a field, not a section"),
         ("", "3", "unknown field"),
         # Fields of the interface that no part of the package reads yet.
-        ("data.soft_labels", "x", "unknown field 'soft_labels' of data; known: fold"),
+        ("data.soft_labels", "x", "unknown field 'soft_labels' of data; known: annotations, fold"),
         ("model.adapter.rank", "4", "unknown field 'adapter' of model"),
         ("train.ema", "0.9", "unknown field 'ema' of train"),
     ],
@@ -259,12 +259,23 @@ def test_files_that_are_no_config(tmp_path: Path) -> None:
 
 
 def test_unknown_arguments_list_the_known_ones(repository: Path) -> None:
-    for text in ("roberta", "bert-base,distilbert", "bert-base,", "bert-base,annotated"):
+    for text in ("roberta", "bert-base,distilbert", "bert-base,", "annotated,annotated"):
         with pytest.raises(InputError, match=r"--config=.*single_bert"):
             load(f"{repository}/configs/single_bert.py:{text}")
     with pytest.raises(InputError, match="known: none"):
         load(f"{repository}/configs/quickstart.py:fast")
     assert parse_arguments("b,z", first=("a", "b"), second=("z",)) == {"first": "b", "second": "z"}
+
+
+def test_the_annotated_preset_starts_from_the_multi_task_run_of_its_backbone(
+    repository: Path,
+) -> None:
+    for words, backbone in (("annotated", ""), ("minilm,annotated", ":minilm")):
+        config = load(f"{repository}/configs/parallel_bert.py:{words}")
+        rated = f"configs/multitask_bert.py{backbone}"
+        assert config.model.init_from == f"runs/{run_name(rated)}"
+        assert config.model.pretrained is None and config.model.frozen_layers == 3
+        assert load(f"{repository}/{rated}").train.epochs == 5
 
 
 def test_names_of_runs() -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,19 @@ class Ratings:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def align(self, ids: Sequence[str]) -> np.ndarray:
+        """Ratings of the two responses of each of these comparisons: int8 [2 * rows, heads].
+
+        Response ``2 * row`` is A's, the next one B's; -1 where there is no rating. What is rated
+        and not among ``ids`` is left out.
+        """
+        row_of = {str(name): row for row, name in enumerate(ids)}
+        labels = np.full((2 * len(ids), self.values.shape[1]), MISSING, np.int8)
+        for name, side, values in zip(self.ids, self.sides, self.values, strict=True):
+            if name in row_of:
+                labels[2 * row_of[name] + SIDES.index(side)] = values
+        return labels
 
 
 def read_ratings(path: str | Path, properties: PropertySet) -> Ratings:

@@ -45,14 +45,23 @@ class Samples:
         labels: np.ndarray,
         tie_allowed: np.ndarray,
     ) -> None:
-        """Args: features of one or both orders; labels 0, 1, 2 or -1 ``[n]``; bool ``[n]``."""
+        """Collects the parts.
+
+        Args:
+          features: of one or both orders.
+          labels: 0, 1, 2 or -1 ``[n]``; with one order also several ratings of a row ``[n, H]``,
+            -1 where there is none.
+          tie_allowed: bool ``[n]``.
+        """
         self._features = tuple(features)
         self.num_rows = len(labels)
         self.sides = self._features[0].sides
         self.pools_last = self._features[0].pools_last
         self.lengths = np.concatenate([feature.lengths for feature in self._features])
-        orders = [labels, np.array([1, 0, 2, -1], labels.dtype)[labels]]
-        self.labels = np.concatenate(orders[: len(self._features)])
+        self.labels = labels
+        if len(self._features) > 1:
+            exchanged = np.array([1, 0, 2, -1], labels.dtype)[labels]
+            self.labels = np.concatenate([labels, exchanged])
         self.tie_allowed = np.tile(tie_allowed, len(self._features))
 
     def sequence(self, sample: int, side: int) -> np.ndarray:
@@ -72,18 +81,22 @@ class Geometry:
       unit_lengths: lengths of units in tokens, ascending; the longest holds any row.
       rows_per_unit: the most rows a unit of each length may hold.
       sides: sequences per row.
+      label_shape: of one row's labels: () for a class, (H,) for H ratings.
     """
 
     unit_lengths: tuple[int, ...]
     rows_per_unit: tuple[int, ...]
     sides: int
+    label_shape: tuple[int, ...] = ()
 
 
 # Tokens of room per row slot of a unit. Shorter rows are rare; they fill the slots first.
 _TOKENS_PER_ROW_SLOT = 16
 
 
-def make_geometry(max_length: int, sides: int, *, packing: bool) -> Geometry:
+def make_geometry(
+    max_length: int, sides: int, *, packing: bool, label_shape: tuple[int, ...] = ()
+) -> Geometry:
     """Chooses unit lengths for a layout.
 
     Packed `single` rows go into units of ``max_length``. A `parallel` row may need twice that, but
@@ -96,9 +109,9 @@ def make_geometry(max_length: int, sides: int, *, packing: bool) -> Geometry:
     if packing:
         lengths = (max_length, longest) if sides > 1 else (longest,)
         rows = tuple(max(1, length // (_TOKENS_PER_ROW_SLOT * sides)) for length in lengths)
-        return Geometry(lengths, rows, sides)
+        return Geometry(lengths, rows, sides, label_shape)
     buckets = sorted({longest, *(-(-longest // parts) for parts in (2, 4))})
-    return Geometry(tuple(buckets), (1,) * len(buckets), sides)
+    return Geometry(tuple(buckets), (1,) * len(buckets), sides, label_shape)
 
 
 class Unit(NamedTuple):
@@ -153,7 +166,7 @@ class Packed(NamedTuple, Generic[Array]):
       pool_positions: int32 ``[..., R, S]``, the token that each of a row's sequences is judged by.
       unit_ids: int32 ``[...]``, number of the unit inside the update.
       samples: int32 ``[..., R]``, sample numbers, -1 in empty slots.
-      labels: int32 ``[..., R]``.
+      labels: int32 ``[..., R]``, or ``[..., R, H]`` with H ratings a row.
       weights: float32 ``[..., R]``, 0 in empty slots.
       tie_allowed: bool ``[..., R]``.
     """
@@ -170,8 +183,9 @@ class Packed(NamedTuple, Generic[Array]):
     tie_allowed: Array
 
 
-def allocate(shape: tuple[int, ...], length: int, rows: int, sides: int) -> Packed[np.ndarray]:
-    """Units of padding."""
+def allocate(shape: tuple[int, ...], geometry: Geometry, bucket: int) -> Packed[np.ndarray]:
+    """Units of padding, of the geometry's length number ``bucket``."""
+    length, rows = geometry.unit_lengths[bucket], geometry.rows_per_unit[bucket]
 
     def tokens() -> np.ndarray:
         return np.zeros((*shape, length), np.int32)
@@ -181,10 +195,10 @@ def allocate(shape: tuple[int, ...], length: int, rows: int, sides: int) -> Pack
         token_types=tokens(),
         positions=tokens(),
         segment_ids=tokens(),
-        pool_positions=np.zeros((*shape, rows, sides), np.int32),
+        pool_positions=np.zeros((*shape, rows, geometry.sides), np.int32),
         unit_ids=np.zeros(shape, np.int32),
         samples=np.full((*shape, rows), -1, np.int32),
-        labels=np.zeros((*shape, rows), np.int32),
+        labels=np.zeros((*shape, rows, *geometry.label_shape), np.int32),
         weights=np.zeros((*shape, rows), np.float32),
         tie_allowed=np.ones((*shape, rows), np.bool_),
     )
@@ -305,10 +319,7 @@ class BatchPlan:
         numbers = self.sample_numbers(step)
         units = pack(self.samples.lengths[numbers].sum(axis=1), numbers, self.geometry)
         buckets = tuple(
-            allocate(shape, length, rows, self.geometry.sides)
-            for shape, length, rows in zip(
-                self.shapes(), self.geometry.unit_lengths, self.geometry.rows_per_unit, strict=True
-            )
+            allocate(shape, self.geometry, bucket) for bucket, shape in enumerate(self.shapes())
         )
         used = [0] * len(buckets)
         for unit_id, unit in enumerate(units):
@@ -360,12 +371,7 @@ def prediction_batches(
     def emit(counts: list[int]) -> Update[np.ndarray]:
         buckets = []
         for bucket, (shape, count) in enumerate(zip(shapes, counts, strict=True)):
-            packed = allocate(
-                shape,
-                geometry.unit_lengths[bucket],
-                geometry.rows_per_unit[bucket],
-                geometry.sides,
-            )
+            packed = allocate(shape, geometry, bucket)
             taken = waiting[bucket][: count * shape[1]]
             del waiting[bucket][: count * shape[1]]
             for number, unit in enumerate(taken):

@@ -156,6 +156,13 @@ def count_words(comparisons: Any, rows: npt.ArrayLike | None = None) -> npt.NDAr
     return counts if rows is None else counts[np.asarray(rows)]
 
 
+def count_response_words(comparisons: Any) -> npt.NDArray[np.int64]:
+    """Words of prompt and response of each response [2 * rows, 2], A's before B's."""
+    prompt, first, second = count_words(comparisons).T
+    both = np.stack([first, second], axis=1).reshape(-1)
+    return np.stack([np.repeat(prompt, 2), both], axis=1)
+
+
 def measure_features(words: npt.ArrayLike) -> FloatArray:
     """[n, 5]: log(1 + words) of A, of B, their difference, its size, and the prompt's."""
     counts = np.asarray(words, np.float64)

@@ -1,18 +1,28 @@
 """``launch/predict.py`` and ``launch/evaluate.py``: from a workdir and a file to answers."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pref_jax import compilation, hosts
+from pref_jax.annotation.ratings import read_ratings
 from pref_jax.data.arena import Comparisons, read_comparisons
-from pref_jax.evaluation.baselines import Baselines
+from pref_jax.data.batches import Samples
+from pref_jax.errors import InputError
+from pref_jax.evaluation.baselines import Baselines, count_response_words
 from pref_jax.evaluation.predict import to_probabilities
 from pref_jax.evaluation.predictions import Predictions
+from pref_jax.evaluation.rating_metrics import (
+    RatingBaselines,
+    evaluate_ratings,
+    to_rating_probabilities,
+)
 from pref_jax.evaluation.submission import round_probabilities, write_submission
 from pref_jax.experiment import Run, load_run
-from pref_jax.files import check_output_file, write_json
+from pref_jax.files import check_output_file, write_durably, write_json
 from pref_jax.training.progress import Progress
 
 
@@ -24,13 +34,25 @@ def score(run: Run, comparisons: Comparisons, *, swap_average: bool = False) -> 
       comparisons: the file.
       swap_average: mean over both orders of the responses, the exchanged one turned back.
     """
-    experiment = run.experiment
     orders = 2 if swap_average else 1
-    samples = experiment.make_samples(comparisons, orders=orders)
-    rows = len(comparisons)
-    with Progress(
-        rows * orders, unit="row", description="score", shown=hosts.is_leader()
-    ) as progress:
+    logits = _score_samples(run, run.experiment.make_samples(comparisons, orders=orders))
+    parts = [
+        to_probabilities(part, temperature=run.temperature) for part in np.split(logits, orders)
+    ]
+    return (parts[0] + parts[1][:, [1, 0, 2]]) / 2.0 if swap_average else parts[0]
+
+
+def score_responses(run: Run, comparisons: Comparisons) -> np.ndarray:
+    """A multi-task run's probabilities ``[2 * rows, H, C]`` of each rating of each response."""
+    properties = run.experiment.properties
+    assert properties is not None
+    logits = _score_samples(run, run.experiment.make_samples(comparisons))
+    return to_rating_probabilities(logits, len(properties.ratings))
+
+
+def _score_samples(run: Run, samples: Samples) -> np.ndarray:
+    count = len(samples.labels)
+    with Progress(count, unit="row", description="score", shown=hosts.is_leader()) as progress:
         done = 0
 
         def report(more: int) -> None:
@@ -38,19 +60,18 @@ def score(run: Run, comparisons: Comparisons, *, swap_average: bool = False) -> 
             done += more
             progress.update(done, rows=more)
 
-        logits = experiment.make_predictor().logits(
-            run.params, samples, np.arange(rows * orders), report=report
+        return run.experiment.make_predictor().logits(
+            run.params, samples, np.arange(count), report=report
         )
-    parts = [
-        to_probabilities(part, temperature=run.temperature) for part in np.split(logits, orders)
-    ]
-    return (parts[0] + parts[1][:, [1, 0, 2]]) / 2.0 if swap_average else parts[0]
 
 
 def predict(
     workdir: str, data: str, output: str, *, swap_average: bool, base: str | None = None
 ) -> None:
     """Writes the submission for ``data``; ``base`` is where the frozen weights are now.
+
+    A multi-task run writes the likeliest ratings of each response instead, a JSON line each as
+    launch/annotate.py does.
 
     Raises:
       InputError: anything about workdir, data or output; nothing is written then.
@@ -60,6 +81,13 @@ def predict(
     comparisons = read_comparisons(data, labelled=False)
     _agree_on_data(data, comparisons, swap_average)
     run = load_run(Path(workdir), base=base)
+    if run.experiment.properties is not None:
+        _refuse_swap(swap_average)
+        ratings = score_responses(run, comparisons).argmax(axis=-1)
+        if hosts.is_leader():
+            write_ratings(Path(output), run, comparisons, ratings)
+            print(f"{len(ratings)} responses: {output}")
+        return
     probabilities = score(run, comparisons, swap_average=swap_average)
     if not hosts.is_leader():
         return
@@ -68,20 +96,37 @@ def predict(
 
 
 def evaluate(
-    workdir: str, data: str, *, output: str | None, swap_average: bool, base: str | None = None
+    workdir: str,
+    data: str,
+    *,
+    output: str | None,
+    swap_average: bool,
+    base: str | None = None,
+    annotations: str | None = None,
 ) -> dict[str, Any]:
     """Prints a table of the run's results on labelled ``data``; writes JSON where asked.
 
-    Args: as in `predict`.
+    Args:
+      workdir, data, output, swap_average, base: as in `predict`.
+      annotations: the labels of a multi-task run, ratings of the responses in ``data``.
 
     Raises:
       InputError: anything about workdir, data or output; nothing is written then.
     """
     hosts.on_leader("output", lambda: _check_output(output, data, workdir))
     compilation.keep_compiled_programs()
-    comparisons = read_comparisons(data, labelled=True)
+    comparisons = read_comparisons(data, labelled=None if annotations else True)
     _agree_on_data(data, comparisons, swap_average)
     run = load_run(Path(workdir), base=base)
+    if (run.experiment.properties is not None) != (annotations is not None):
+        raise InputError(
+            "--annotations",
+            "the run learned preferences" if annotations else "the run learned ratings",
+            "leave it out" if annotations else "name the file of ratings to judge it by",
+        )
+    if annotations is not None:
+        _refuse_swap(swap_average)
+        return _evaluate_ratings(run, comparisons, annotations, output)
     # The digits that `predict` writes, ties not yet taken away: what is scored is that file.
     probabilities = round_probabilities(score(run, comparisons, swap_average=swap_average))
     baselines = Baselines.load(run.workdir / "baselines.json")
@@ -95,6 +140,70 @@ def evaluate(
     return result
 
 
+def _evaluate_ratings(
+    run: Run, comparisons: Comparisons, annotations: str, output: str | None
+) -> dict[str, Any]:
+    properties = run.experiment.properties
+    assert properties is not None
+    labels = read_ratings(annotations, properties).align(comparisons.ids)
+    rated = np.flatnonzero((labels >= 0).any(axis=1))
+    if not len(rated):
+        raise InputError(
+            annotations,
+            f"it rates no response of {comparisons.path}",
+            "give the ratings of its ids",
+        )
+    result = evaluate_ratings(
+        score_responses(run, comparisons)[rated],
+        labels[rated],
+        properties.rating_names,
+        baselines=RatingBaselines.load(run.workdir / "baselines.json"),
+        words=count_response_words(comparisons)[rated],
+    )
+    if not hosts.is_leader():
+        return result
+    print_ratings(result)
+    if output is not None:
+        write_json(Path(output), result)
+        print(f"written: {output}")
+    return result
+
+
+def write_ratings(path: Path, run: Run, comparisons: Comparisons, ratings: np.ndarray) -> None:
+    """Writes ratings ``[2 * rows, H]`` as JSON lines, two a row, in the file's order."""
+    properties = run.experiment.properties
+    assert properties is not None
+    model = f"{run.workdir.resolve().name}@{run.step}"
+    lines = []
+    texts = comparisons.table.select(["prompt", "response_a", "response_b"])
+    cells_of = (cells for batch in texts.to_batches(1000) for cells in batch.to_pylist())
+    for row, cells in enumerate(cells_of):
+        for side, text in enumerate((cells["response_a"], cells["response_b"])):
+            values = ratings[2 * row + side].tolist()
+            content = json.dumps([cells["prompt"], text, properties.digest, model])
+            line = {
+                "id": str(comparisons.ids[row]),
+                "side": "ab"[side],
+                "query": {},
+                "ratings": dict(zip(properties.rating_names, values, strict=True)),
+                "reasons": {},
+                "key": hashlib.sha256(content.encode()).hexdigest(),
+                "model": model,
+                "attempts": 1,
+                "tokens": {"prompt": 0, "completion": 0},
+                "cost": 0.0,
+            }
+            lines.append(json.dumps(line, ensure_ascii=False))
+    write_durably(path, ("\n".join(lines) + "\n").encode())
+
+
+def _refuse_swap(swap_average: bool) -> None:
+    if swap_average:
+        raise InputError(
+            "--swap_average", "a multi-task run reads one response at a time", "leave it out"
+        )
+
+
 def _check_output(output: str | None, data: str, workdir: str) -> None:
     if output is not None:
         check_output_file(output, inputs=(data,), outside=workdir)
@@ -105,6 +214,33 @@ def _agree_on_data(data: str, comparisons: Comparisons, swap_average: bool) -> N
         data,
         {"content": comparisons.digest, "--swap_average": swap_average},
         "give every host the same file and flags",
+    )
+
+
+def print_ratings(result: dict[str, Any]) -> None:
+    """The table of a multi-task run, beside the majority's and the lengths' macro-F1."""
+    low, high = result["log_loss_ci95"]
+    print(f"{'responses':<34}{result['rows']}")
+    print(f"{'log loss':<34}{result['log_loss']:.4f}  (95 %: {low:.4f} to {high:.4f})")
+    for name, part in result["baselines"].items():
+        print(f"{f'  {name} baseline':<34}{part['log_loss']:.4f}")
+    print(f"{'accuracy':<34}{result['accuracy']:.4f}")
+    print(f"{'property':<34}macro F1  kappa  majority  length  ratings")
+    rows = {**result["properties"]}
+    for name, part in rows.items():
+        kappa = part["quadratic_kappa"]
+        print(
+            f"{f'  {name}':<34}{part['macro_f1']:8.3f}"
+            f"{'      -' if kappa is None else f'{kappa:7.3f}'}"
+            f"{part['baselines']['majority']['macro_f1']:10.3f}"
+            f"{part['baselines']['length']['macro_f1']:8.3f}{part['ratings']:9d}"
+        )
+    kappa = result["quadratic_kappa"]
+    print(
+        f"{'mean':<34}{result['macro_f1']:8.3f}"
+        f"{'      -' if kappa is None else f'{kappa:7.3f}'}"
+        f"{result['baselines']['majority']['macro_f1']:10.3f}"
+        f"{result['baselines']['length']['macro_f1']:8.3f}{result['ratings']:9d}"
     )
 
 

@@ -35,7 +35,9 @@ class Predictor:
         *,
         microbatch_size: int,
         abstract_params: Any,
+        num_outputs: int = 3,
     ) -> None:
+        self._num_outputs = num_outputs
         self._mesh, self._geometry, self._abstract_params = mesh, geometry, abstract_params
         one = update_shapes(geometry, 1, meshes.batch_shards(mesh), microbatch_size)
         self.shapes = tuple((_MICROBATCHES, units) for _, units in one)
@@ -69,7 +71,7 @@ class Predictor:
         *,
         report: Callable[[int], None] | None = None,
     ) -> np.ndarray:
-        """Float32 logits ``[n, 3]`` of the samples numbered ``numbers``, in that order.
+        """Float32 logits ``[n, outputs]`` of the samples numbered ``numbers``, in that order.
 
         Args:
           params: parameters, placed as the predictor's abstract parameters say.
@@ -81,7 +83,7 @@ class Predictor:
         numbers = np.asarray(numbers)
         place = np.full(len(samples.labels), -1, np.int64)
         place[numbers] = np.arange(len(numbers))
-        result = np.full((len(numbers), 3), np.nan, np.float32)
+        result = np.full((len(numbers), self._num_outputs), np.nan, np.float32)
         under_way: collections.deque = collections.deque()
 
         def collect() -> None:

@@ -88,6 +88,11 @@ def _read_run(folder: Path, name: str) -> Run:
         raise InputError(str(folder), what, remedy)
     if not any((folder / part).is_file() for part in _PARTS):
         raise InputError(str(folder), f"is not a run: it has none of {', '.join(_PARTS)}", remedy)
+    config = _read_json(folder / "config.json")
+    if config.get("input", {}).get("layout") == "response":
+        raise InputError(
+            str(folder), "is a multi-task run, whose loss is of ratings", "leave it out"
+        )
     curves = _read_curves(folder / "metrics.jsonl")
     rows = folder / predictions.FILE
     fitted = folder / baselines.FILE
@@ -96,7 +101,7 @@ def _read_run(folder: Path, name: str) -> Run:
     return Run(
         name=name,
         path=folder,
-        config=_read_json(folder / "config.json"),
+        config=config,
         result=_read_json(folder / "result.json"),
         environment=_read_json(folder / "environment.json"),
         curves=curves,

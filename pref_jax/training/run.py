@@ -15,24 +15,15 @@ from ml_collections import ConfigDict
 from pref_jax import hosts
 from pref_jax import mesh as meshes
 from pref_jax.config import training_data
-from pref_jax.data.arena import Comparisons, read_comparisons
 from pref_jax.data.batches import BatchPlan, Samples, Update, update_shapes
-from pref_jax.data.split import split_rows
 from pref_jax.errors import InputError
-from pref_jax.evaluation.baselines import Baselines, count_words
-from pref_jax.evaluation.metrics import measure_row_losses
 from pref_jax.evaluation.predict import (
     Predictor,
-    fit_temperature,
     place_update,
-    to_probabilities,
 )
-from pref_jax.evaluation.predictions import FILE as PREDICTIONS_FILE
-from pref_jax.evaluation.predictions import Predictions
-from pref_jax.evaluation.submission import write_submission
 from pref_jax.experiment import Backbone, Experiment, find_backbone, load_frozen, log_parts
-from pref_jax.files import write_json
 from pref_jax.training.checkpoints import Checkpoints
+from pref_jax.training.goals import Goal, make_goal, read_data
 from pref_jax.training.loop import History, Limits, TrainingLoop
 from pref_jax.training.optimizer import make_optimizer, make_schedule
 from pref_jax.training.records import MetricLog, UnwrittenLog
@@ -91,6 +82,7 @@ class CompiledStep:
             self.schedule,
             seed=config.seed,
             clip_norm=train.clip_norm,
+            task=experiment.task,
         )
 
         def counted(state: TrainState, frozen: Any, update: Update) -> Any:
@@ -149,39 +141,6 @@ def count_steps(config: ConfigDict, steps_per_epoch: int) -> int:
     return max(1, math.ceil(wanted - 1e-9))
 
 
-class TrainingData:
-    """Training and held-out rows.
-
-    Attributes:
-      train, valid: comparisons; the same object where rows are held out of one file.
-      train_rows, valid_rows: row numbers in them.
-    """
-
-    def __init__(self, config: ConfigDict) -> None:
-        section = config.data
-        self.train = read_comparisons(training_data(config), labelled=True)
-        if section.valid is not None:
-            if section.fold is not None:
-                raise InputError(
-                    "--config.data.fold",
-                    "data.valid names the held-out rows already",
-                    "set one of them",
-                )
-            self.valid = read_comparisons(section.valid, labelled=True)
-            self.train_rows = np.arange(len(self.train))
-            self.valid_rows = np.arange(len(self.valid))
-        else:
-            self.valid = self.train
-            self.train_rows, self.valid_rows = split_rows(
-                self.train,
-                split=section.split,
-                valid_fraction=section.valid_fraction,
-                seed=config.seed,
-                fold=section.fold,
-                folds=section.folds if section.fold is not None else None,
-            )
-
-
 def train(config: ConfigDict, workdir: Workdir, started: float) -> dict[str, Any]:
     """Trains, or goes on with, the run in ``workdir``.
 
@@ -198,11 +157,12 @@ def train(config: ConfigDict, workdir: Workdir, started: float) -> dict[str, Any
       RunError: the run failed on its way.
     """
     path = workdir.path
-    data = TrainingData(config)
+    data = read_data(config)
     backbone = find_backbone(config, data.train)
-    _agree(config, data, backbone)
     experiment = Experiment(config, backbone)
-    steps_per_epoch = -(-len(data.train_rows) // config.train.batch_size)
+    goal = make_goal(experiment, data)
+    _agree(config, goal, backbone)
+    steps_per_epoch = -(-len(goal.train_numbers) // config.train.batch_size)
     total_steps = count_steps(config, steps_per_epoch)
     # A new folder gets no config of weights that turn out to be broken or of another model, so
     # that the corrected command works in it.
@@ -212,9 +172,8 @@ def train(config: ConfigDict, workdir: Workdir, started: float) -> dict[str, Any
 
     def settle() -> dict[str, Any] | None:
         # Data and weights may have moved; their hashes are compared instead.
-        places = ("data.train", "data.valid", "model.pretrained")
-        workdir.settle_config(config.to_dict(), free=(*FREE_FIELDS, *places))
-        experiment.write_model(path, {"train": data.train.digest, "valid": data.valid.digest})
+        workdir.settle_config(config.to_dict(), free=(*FREE_FIELDS, *_PLACES))
+        experiment.write_model(path, goal.digests)
         environment = describe_environment(jax.devices(), process_count=hosts.count())
         workdir.write_environment(environment)
         return workdir.read_result()
@@ -227,18 +186,10 @@ def train(config: ConfigDict, workdir: Workdir, started: float) -> dict[str, Any
     log_parts(experiment)
     compiled = CompiledStep(experiment, total_steps)
     compiled.start()
-    orders = 1 if config.data.swap == "none" else 2
-    samples = experiment.make_samples(data.train, orders=orders)
-    valid_samples = samples if data.valid is data.train else experiment.make_samples(data.valid)
-    plan = make_plan(experiment, samples, data.train_rows)
+    samples, valid_samples = goal.make_samples()
+    plan = make_plan(experiment, samples, goal.train_numbers)
     _warn_about_schedule(config, total_steps)
-    baselines = Baselines.fit(
-        count_words(data.train, data.train_rows),
-        data.train.labels[data.train_rows],
-        data.train.tie_allowed[data.train_rows],
-    )
-    if hosts.is_leader():
-        baselines.save(path / "baselines.json")
+    goal.fit_baselines(path)
 
     abstract = compiled.abstract
     executable = compiled.executable
@@ -270,7 +221,7 @@ def train(config: ConfigDict, workdir: Workdir, started: float) -> dict[str, Any
             del trainable  # the state has its own copy
         del base
         metrics.drop_after(step)
-        evaluator = _Evaluator(predictor, data, valid_samples, frozen)
+        evaluator = _Evaluator(predictor, goal, valid_samples, frozen)
         hours = config.train.max_hours
         loop = TrainingLoop(
             train_step=lambda state, update: executable(state, frozen, update),
@@ -285,9 +236,9 @@ def train(config: ConfigDict, workdir: Workdir, started: float) -> dict[str, Any
                 checkpoint_every=config.checkpoint.every_steps,
                 log_every=config.logging.every_steps,
                 deadline=None if hours is None else started + hours * 3600.0,
-                valid_rows=len(data.valid_rows),
+                valid_rows=len(goal.valid_numbers),
             ),
-            describe_rows=lambda numbers: _describe_rows(data.train, numbers),
+            describe_rows=goal.describe,
         )
         state, stopped = loop.run(state, step, history)
         steps = int(state.step)
@@ -303,23 +254,35 @@ def train(config: ConfigDict, workdir: Workdir, started: float) -> dict[str, Any
         if best != evaluator.step:
             restored_state, _ = checkpoints.restore(best, {"params": abstract.params})
             evaluator.score(restored_state["params"], best)
-    return _finish(
-        workdir, config, data, evaluator, baselines, history, steps, stopped, compiled, predictor
-    )
+    assert evaluator.logits is not None
+    # `result.json` comes last. All hosts compute the same here, and the leader writes.
+    result = {
+        "steps": steps,
+        "best_step": history.best_step,
+        "stopped": stopped,
+        **goal.conclude(path, evaluator.logits),
+        "train_rows": len(goal.train_numbers),
+        "rows_per_second": history.rows / max(history.train_seconds, 1e-9),
+        "train_seconds": history.train_seconds,
+        "compilations": {"train": compiled.compilations, "predict": predictor.compilations},
+    }
+    if hosts.is_leader():
+        workdir.write_result(result)
+    return result
 
 
 # Where things lie, which may differ between hosts; their content may not.
-_PLACES = ("data.train", "data.valid", "data.annotations", "data.soft_labels", "model.pretrained")
+_PLACES = ("data.train", "data.valid", "data.annotations", "data.properties", "model.pretrained")
 _OWN = ("logging", "train.max_hours")  # the leader's counts, or the first to be over
 
 
-def _agree(config: ConfigDict, data: TrainingData, backbone: Backbone) -> None:
+def _agree(config: ConfigDict, goal: Goal, backbone: Backbone) -> None:
     """Refuses hosts whose configs, data or weights would not make one run."""
     fields = bound_fields(config.to_dict(), (*_PLACES, *_OWN))
     hosts.agree("--config", fields, "start the same command on every host")
     hosts.agree(
         training_data(config),
-        {"data.train": data.train.digest, "data.valid": data.valid.digest},
+        {f"data.{name}": digest for name, digest in goal.digests.items()},
         "give every host the same files",
     )
     identity = {name: value for name, value in backbone.base.items() if name != "source"}
@@ -347,94 +310,22 @@ def make_plan(experiment: Experiment, samples: Samples, rows: np.ndarray) -> Bat
 
 
 class _Evaluator:
-    """Scores the held-out rows; remembers the last logits, which are often the best ones."""
+    """Scores the held-out samples; remembers the last logits, which are often the best ones."""
 
-    def __init__(
-        self, predictor: Predictor, data: TrainingData, samples: Samples, frozen: Any
-    ) -> None:
-        self._predictor, self._data, self._samples = predictor, data, samples
+    def __init__(self, predictor: Predictor, goal: Goal, samples: Samples, frozen: Any) -> None:
+        self._predictor, self._goal, self._samples = predictor, goal, samples
         self._frozen = frozen
         self.step = -1
         self.logits: np.ndarray | None = None
 
     def __call__(self, state: TrainState) -> Mapping[str, float]:
-        self.score(state.params, int(state.step))
-        probabilities = self.probabilities(1.0)
-        rows = self._data.valid_rows
-        labels = self._data.valid.labels[rows]
-        return {
-            "loss": float(measure_row_losses(probabilities, labels).mean()),
-            "accuracy": float((probabilities.argmax(axis=1) == labels).mean()),
-        }
+        return self._goal.measure(self.score(state.params, int(state.step)))
 
-    def score(self, params: Any, step: int) -> None:
+    def score(self, params: Any, step: int) -> np.ndarray:
         merged = merge_parameters(params, self._frozen)
-        self.logits = self._predictor.logits(merged, self._samples, self._data.valid_rows)
+        self.logits = self._predictor.logits(merged, self._samples, self._goal.valid_numbers)
         self.step = step
-
-    def probabilities(self, temperature: float) -> np.ndarray:
-        assert self.logits is not None
-        return to_probabilities(
-            self.logits,
-            temperature=temperature,
-            tie_allowed=self._data.valid.tie_allowed[self._data.valid_rows],
-        )
-
-
-def _finish(
-    workdir: Workdir,
-    config: ConfigDict,
-    data: TrainingData,
-    evaluator: _Evaluator,
-    baselines: Baselines,
-    history: History,
-    steps: int,
-    stopped: str | None,
-    compiled: CompiledStep,
-    predictor: Predictor,
-) -> dict[str, Any]:
-    """Writes what a finished run leaves behind; ``result.json`` comes last.
-
-    All hosts compute the same here, and the leader writes.
-    """
-    temperature = 1.0
-    if config.eval.calibrate:
-        assert evaluator.logits is not None
-        temperature = fit_temperature(
-            evaluator.logits,
-            data.valid.labels[data.valid_rows],
-            data.valid.tie_allowed[data.valid_rows],
-        )
-        if hosts.is_leader():
-            write_json(workdir.path / "calibration.json", {"temperature": temperature})
-    probabilities = evaluator.probabilities(temperature)
-    predictions = Predictions.collect(data.valid, probabilities, data.valid_rows)
-    if hosts.is_leader():
-        predictions.write(workdir.path / PREDICTIONS_FILE)
-    if config.data.fold is not None and hosts.is_leader():
-        write_submission(workdir.path / "out_of_fold.csv", predictions.ids, probabilities)
-    valid = predictions.evaluate(baselines)
-    result = {
-        "steps": steps,
-        "best_step": history.best_step,
-        "stopped": stopped,
-        "valid": valid,
-        "baselines": valid["baselines"],
-        "temperature": temperature,
-        "train_rows": len(data.train_rows),
-        "rows_per_second": history.rows / max(history.train_seconds, 1e-9),
-        "train_seconds": history.train_seconds,
-        "compilations": {"train": compiled.compilations, "predict": predictor.compilations},
-    }
-    if hosts.is_leader():
-        workdir.write_result(result)
-    return result
-
-
-def _describe_rows(comparisons: Comparisons, samples: np.ndarray) -> str:
-    ids, count = comparisons.ids, len(comparisons)
-    shown = [str(ids[sample % count]) for sample in samples[:8]]
-    return ", ".join(shown) + (" ..." if len(samples) > 8 else "")
+        return self.logits
 
 
 def _warn_about_schedule(config: ConfigDict, total_steps: int) -> None:

@@ -15,7 +15,7 @@ from pref_jax.data.batches import Packed, Update
 from pref_jax.models.dropout import unit_seeds
 from pref_jax.training.optimizer import Schedule
 from pref_jax.training.state import TrainState, merge_parameters
-from pref_jax.training.tasks import preference_losses
+from pref_jax.training.tasks import Task, preference_task
 
 TrainStep = Callable[[TrainState, Any, Update], tuple[TrainState, dict[str, jax.Array]]]
 
@@ -55,7 +55,9 @@ def _microbatch(packed: Packed, number: jax.Array | int) -> Packed:
     return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, number, keepdims=False), packed)
 
 
-def make_gradient(model: nn.Module, seed: int) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
+def make_gradient(
+    model: nn.Module, seed: int, task: Task = preference_task
+) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
     """Makes the function that sums loss and gradient over an update's microbatches.
 
     The number of microbatches is data: the gradient is taken inside the loop's body, so the loop
@@ -83,10 +85,9 @@ def make_gradient(model: nn.Module, seed: int) -> Callable[..., tuple[Any, dict[
             seeds = unit_seeds(jnp.uint32(seed), step, packed.unit_ids)
             params = merge_parameters(traverse_util.unflatten_dict(rest), frozen)
             logits = apply_model(model, params, packed, seeds, words)
-            losses = preference_losses(logits, packed.labels, packed.tie_allowed)
+            losses, correct = task(logits, packed)
             weights = packed.weights / update.total_weight
             loss = jnp.sum(losses * weights)
-            correct = logits.argmax(axis=-1) == packed.labels
             return loss * scale, {"loss": loss, "accuracy": jnp.sum(correct * weights)}
 
         def add_microbatch(number: jax.Array, sums: tuple, packed: Packed) -> tuple:
@@ -133,6 +134,7 @@ def make_train_step(
     *,
     seed: int,
     clip_norm: float,
+    task: Task = preference_task,
 ) -> TrainStep:
     """Makes the function of one optimizer update, to be jitted by the caller.
 
@@ -142,7 +144,7 @@ def make_train_step(
       ``step(state, frozen, update) -> (state, metrics)`` with scalars ``loss``, ``accuracy``,
       ``learning_rate``, ``gradient_norm`` (before clipping) and with a loss scale ``loss_scale``.
     """
-    gradient = make_gradient(model, seed)
+    gradient = make_gradient(model, seed, task)
 
     def step(
         state: TrainState, frozen: Any, update: Update
@@ -207,10 +209,8 @@ def abstract_update(
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=unit_sharding)
 
     buckets = tuple(
-        jax.tree.map(describe, allocate(shape, length, rows, geometry.sides))
-        for shape, length, rows in zip(
-            shapes, geometry.unit_lengths, geometry.rows_per_unit, strict=True
-        )
+        jax.tree.map(describe, allocate(shape, geometry, bucket))
+        for bucket, shape in enumerate(shapes)
     )
     scalar = scalar_sharding
     return Update(

@@ -1,8 +1,16 @@
-"""Loss of the preference task."""
+"""What a model is trained for: the loss of a row, from logits and labels."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from pref_jax.data.batches import Packed
+
+# Losses in nats and share of right answers of each row, both ``[..., R]``, from the logits
+# ``[..., R, outputs]`` of packed rows.
+Task = Callable[[jax.Array, Packed], tuple[jax.Array, jax.Array]]
 
 # Instead of minus infinity, whose gradient through log-softmax is NaN.
 _IMPOSSIBLE = np.float32(-1e30)
@@ -21,5 +29,39 @@ def mask_tie(logits: jax.Array, tie_allowed: jax.Array) -> jax.Array:
 
 def preference_losses(logits: jax.Array, labels: jax.Array, tie_allowed: jax.Array) -> jax.Array:
     """Cross-entropy of each row in nats, ``[...]``."""
-    log_probabilities = jax.nn.log_softmax(mask_tie(logits, tie_allowed))
+    return _cross_entropies(mask_tie(logits, tie_allowed), labels)
+
+
+def preference_task(logits: jax.Array, packed: Packed) -> tuple[jax.Array, jax.Array]:
+    """The `Task` of A, B or tie."""
+    losses = preference_losses(logits, packed.labels, packed.tie_allowed)
+    return losses, logits.argmax(axis=-1) == packed.labels
+
+
+def make_rating_task(num_ratings: int) -> Task:
+    """The `Task` of several ratings of a response, one head each.
+
+    A row's loss is the mean cross-entropy of the ratings that it has (of all twenty in the paper);
+    a missing one, label -1, adds nothing and has no gradient.
+
+    Args:
+      num_ratings: heads; logits are ``[..., R, num_ratings * classes]``.
+    """
+
+    def task(logits: jax.Array, packed: Packed) -> tuple[jax.Array, jax.Array]:
+        logits = logits.reshape(*logits.shape[:-1], num_ratings, -1)
+        given = packed.labels >= 0
+        count = jnp.maximum(given.sum(axis=-1), 1)
+        losses = _cross_entropies(logits, jnp.maximum(packed.labels, 0))
+        correct = logits.argmax(axis=-1) == packed.labels
+        return (
+            jnp.where(given, losses, 0.0).sum(axis=-1) / count,
+            (correct & given).sum(axis=-1) / count,
+        )
+
+    return task
+
+
+def _cross_entropies(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    log_probabilities = jax.nn.log_softmax(logits)
     return -jnp.take_along_axis(log_probabilities, labels[..., None], axis=-1)[..., 0]

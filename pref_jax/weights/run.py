@@ -38,6 +38,12 @@ def export_run(
     check_output(output)  # before the work of loading a run
     run = load_run(workdir, base=base)
     experiment = run.experiment
+    if experiment.properties is not None:
+        raise InputError(
+            str(workdir),
+            "is a multi-task run, which knows no preferences",
+            "export a run that started from it (--config.model.init_from)",
+        )
     architecture = experiment.backbone.architecture
     if isinstance(architecture, LlamaConfig):
         _export_decoder(run, architecture, output, merge=merge)

@@ -40,7 +40,13 @@ TABLE = [
     ("train --config=syntax.py", "syntax.py:2"),
     ("train --config=quickstart.py:fast", "unknown argument 'fast'"),
     ("train --config=single_bert.py:roberta", "known: bert-base, distilbert, minilm"),
-    ("train --config=single_bert.py:minilm,annotated", "multi-task"),
+    ("train --config=single_bert.py:minilm,annotated --config.data.train=good.csv", "no run in"),
+    ("train --config=multitask_bert.py:annotated", "unknown argument 'annotated'"),
+    ("train --config=multitask_bert.py --config.data.train=good.csv", "no ratings are named"),
+    (f"{GOOD} --config.data.annotations=a.jsonl", "learns preferences"),
+    (f"{GOOD} --config.data.properties=a.toml", "learns preferences"),
+    ("train --config=multitask_bert.py --config.data.swap=both", "reads one"),
+    ("train --config=multitask_bert.py --config.eval.calibrate=true", "calibrate"),
     (f"{GOOD} --workdirs=x", "--workdirs: unknown flag; did you mean --workdir?"),
     (f"{GOOD} good.csv", "unexpected argument 'good.csv'"),
     (f"{GOOD} --debug=perhaps", "--debug"),
@@ -293,7 +299,7 @@ def made_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("PREF_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
         _write_data(folder)
         _write_weights(folder)
-        for name in ("quickstart.py", "single_bert.py"):
+        for name in ("quickstart.py", "single_bert.py", "multitask_bert.py"):
             shutil.copy(_repository() / "configs" / name, folder / name)
         (folder / "syntax.py").write_text("def get_config(arguments):\n    return (\n")
         _write_runs(folder)
