@@ -505,11 +505,18 @@ def _check_model(model: ConfigDict) -> None:
     if model.quantization != "none" and not model.lora.rank:
         raise InputError(
             "--config.model.quantization",
-            f"{model.quantization} is for frozen weights, and without adapters all weights train",
+            f"{model.quantization} is for the frozen weights beside adapters, and there are none",
             "set --config.model.lora.rank=4, or model.quantization=none",
         )
     if model.pretrained is not None:
         return  # its folder says how many layers and heads there are
+    head_dim = model.config.head_dim or model.config.hidden_size // model.config.num_heads
+    if model.family == "llama" and head_dim % 2:
+        raise InputError(
+            "--config.model.config.head_dim",
+            f"{head_dim} is odd, and rotary positions turn pairs of channels",
+            "choose an even number",
+        )
     if model.config.hidden_size % model.config.num_heads:
         raise InputError(
             "--config.model.config.num_heads",

@@ -750,6 +750,12 @@ def load_run(workdir: Path, *, mesh: dict[str, int] | None = None, base: str | N
     config.mesh.update(mesh or {"data": -1, "fsdp": 1, "tensor": 1})
     architecture, origin, content = _read_model(workdir)
     if base is not None:
+        if origin.get("kind") != "pretrained":
+            raise InputError(
+                "--base",
+                "the run did not start from pretrained weights",
+                "leave it out",
+            )
         origin = {**origin, "source": base}
     experiment = Experiment(
         config,

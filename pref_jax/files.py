@@ -57,13 +57,25 @@ def check_output_file(
         raise InputError(str(folder), what, f"create it, or name another file with {flag}")
     try:
         _probe(folder)
-        if not os.path.lexists(target):
+        with contextlib.suppress(FileNotFoundError):
             os.lstat(target)
-    except FileNotFoundError:
-        pass
     except OSError as error:  # no permission, or a longer name than the file system takes
         raise _explain(target, error) from error
     return target
+
+
+def check_room(path: Path) -> None:
+    """Looks whether ``path``, which is not there, could be made.
+
+    Raises:
+      InputError: it lies below a file, or in a folder that cannot be written.
+      RunError: the disk is full.
+    """
+    above = next((folder for folder in path.parents if folder.exists()), Path("."))
+    try:
+        _probe(above)
+    except OSError as error:
+        raise _explain(path, error) from error
 
 
 def make_output_folder(path: str | Path, flag: str = "--output") -> Path:

@@ -25,7 +25,13 @@ RULES: dict[str, str | None] = {
     "lora": None,  # rank of adapters
     "layers": None,  # a decoder's layers, stacked
     "norm": None,  # scales and biases of layer norms are small
+    # Blocks of the nf4 code along these axes.
+    "embed_blocks": "fsdp",
+    "heads_blocks": "tensor",
+    "mlp_blocks": "tensor",
 }
+# Cut where the mesh divides them, else whole on every device: they are small.
+_OPTIONAL = frozenset({"embed_blocks", "heads_blocks", "mlp_blocks"})
 
 BATCH_AXES = ("data", "fsdp")
 
@@ -123,7 +129,11 @@ def abstract_parameters(boxed: Any, mesh: Mesh) -> Any:
     def place(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
         names = leaf.names if isinstance(leaf, nn.Partitioned) else ()
         value = leaf.value if isinstance(leaf, nn.Partitioned) else leaf
-        spec = partition_spec(names)
+        fitting = [
+            None if name in _OPTIONAL and size % mesh.shape[RULES[name]] else name
+            for name, size in zip(names, value.shape, strict=False)
+        ]
+        spec = partition_spec(fitting)
         for size, axis in zip(value.shape, spec, strict=False):
             if axis is not None and size % mesh.shape[axis]:
                 where = "/".join(str(key.key) for key in path if hasattr(key, "key"))

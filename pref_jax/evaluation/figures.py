@@ -14,11 +14,12 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 MOST_SLICES = 12
 _GREY, _INK, _FAINT = "#6b7280", "#1f2937", "#e5e7eb"
 _WIDTH = 5.2  # inches; narrow, so that the text stays readable on a telephone
-_REFERENCES = {
+_REFERENCES: dict[str, tuple[str, Any]] = {
     "uniform": ("uniform", ":"),
     "prior": ("prior", "--"),
     "length": ("length only", "-."),
     "bayes": ("best possible", "-"),
+    "goal": ("the paper's goal", (0, (6, 2))),
 }
 _STYLE: Any = {
     "font.size": 11.5,
@@ -65,6 +66,29 @@ def draw_log_loss(
     axes.set_xlabel("log loss (lower is better)")
     axes.margins(x=0.08)
     _add_legend(figure, axes)
+    return _finish(figure)
+
+
+def draw_bars(values: Mapping[str, float], *, label: str, digits: int) -> bytes:
+    """Name -> a number, as bars from zero."""
+    figure, (axes,) = _start(1.2 + 0.36 * max(len(values), 2))
+    for place, value in enumerate(values.values()):
+        axes.barh(place, value, color=_color(place), alpha=0.85, height=0.66)
+        axes.annotate(
+            f"{value:.{digits}f}",
+            (value, place),
+            xytext=(5 if value >= 0 else -5, 0),
+            textcoords="offset points",
+            ha="left" if value >= 0 else "right",
+            va="center",
+            fontsize=10.5,
+        )
+    axes.axvline(0, color=_GREY, lw=1)
+    axes.set_yticks(range(len(values)), [_shorten(name) for name in values])
+    axes.set_ylim(len(values) - 0.5, -0.5)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel(label)
+    axes.margins(x=0.16)
     return _finish(figure)
 
 

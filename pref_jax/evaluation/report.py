@@ -306,8 +306,10 @@ def _write_table(runs: Sequence[Run], bayes: float | None) -> str:
     return "".join(",".join(row) + "\n" for row in rows)
 
 
-def _render(runs: Sequence[Run], references: Mapping[str, float], drawn: list[Figure]) -> str:
+def render(package: str, template: str, **values: Any) -> str:
+    """A page from a template of ``package``, with the style that all pages share."""
     from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
 
     # Names, paths and sources come from data: everything is escaped, whatever the file's suffix.
     environment = Environment(
@@ -316,12 +318,21 @@ def _render(runs: Sequence[Run], references: Mapping[str, float], drawn: list[Fi
     environment.filters.update(
         number=_format_number, signed=_format_signed, duration=_format_duration
     )
-    template = resources.files("pref_jax.evaluation").joinpath("report.html.jinja")
+    text = resources.files(package).joinpath(template).read_text(encoding="utf-8")
+    style = resources.files("pref_jax.evaluation").joinpath("report.css")
+    return environment.from_string(text).render(
+        style=Markup(style.read_text(encoding="utf-8")), **values
+    )
+
+
+def _render(runs: Sequence[Run], references: Mapping[str, float], drawn: list[Figure]) -> str:
     lines = [_summarise(run) for run in runs]
     known = [line for line in lines if line["log_loss"] is not None]
     best = min(known, key=lambda line: line["log_loss"], default=None)
     rows = {frozenset(run.predictions.ids) for run in runs if run.predictions is not None}
-    return environment.from_string(template.read_text(encoding="utf-8")).render(
+    return render(
+        "pref_jax.evaluation",
+        "report.html.jinja",
         runs=runs,
         lines=lines,
         best=best,

@@ -51,8 +51,8 @@ class QuantizedKernel(nn.Module):
         axes = {
             "values": (row, column),
             # int8 has a scale per channel; nf4's lie on the grid of blocks.
-            "scales": (column,) if len(shapes["scales"][0]) == 1 else (row, column),
-            "scale_scales": (row, column),
+            "scales": (column,) if len(shapes["scales"][0]) == 1 else (f"{row}_blocks", column),
+            "scale_scales": (None, None),  # one for 4,096 weights: each device has them all
             "scale_means": (None, None),
         }
 

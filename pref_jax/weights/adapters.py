@@ -43,6 +43,7 @@ def export_adapter(
     temperature: float,
     examples: Sequence[Mapping[str, Any]],
     base: str,
+    quantization: str,
 ) -> None:
     """Writes adapters and head as a PEFT folder, whole or not at all.
 
@@ -58,6 +59,7 @@ def export_adapter(
       temperature: what a program may divide the logits by; 1 is none.
       examples: made-up rows with ``input_ids``, ``token_type_ids`` and ``probabilities``.
       base: what the run's ``model.pretrained`` says; written where it is a name on the hub.
+      quantization: of that base while the adapters were trained, on which the examples are.
 
     Raises:
       InputError: the folder holds something else or cannot be written, or weights are not finite
@@ -91,7 +93,7 @@ def export_adapter(
     }
     texts = {
         ADAPTER_FILES[0]: dump(settings),
-        DESCRIPTION: describe(layout, temperature, examples),
+        DESCRIPTION: describe(layout, temperature, examples, quantization),
         **_tokenizer(tokenizer_folder, layout),
     }
 

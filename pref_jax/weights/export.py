@@ -5,6 +5,7 @@ The folder holds `config.json`, `model.safetensors`, the tokenizer's files, the 
 temperature (not applied to the exported logits) and rows by which any program can check itself.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pref_jax.data.tokenizers import TOKENIZER_FILES
 from pref_jax.errors import InputError, RunError
-from pref_jax.files import sync, sync_tree
+from pref_jax.files import check_room, sync, sync_tree
 from pref_jax.weights import names
 from pref_jax.weights.files import INDEX, SINGLE, read_json
 
@@ -120,6 +121,7 @@ def check_output(output: Path) -> None:
     """
     where = f"--output={output}"
     if not os.path.lexists(output):
+        check_room(output)
         return
     if not os.path.isdir(output):
         raise InputError(where, "it is not a folder", "name a new folder")
@@ -219,9 +221,14 @@ def _model_config(
     }
 
 
-def describe(layout: "Layout", temperature: float, examples: Sequence[Mapping[str, Any]]) -> str:
-    """The text of `pref_jax.json`."""
-    content = {
+def describe(
+    layout: "Layout",
+    temperature: float,
+    examples: Sequence[Mapping[str, Any]],
+    quantization: str | None = None,
+) -> str:
+    """The text of `pref_jax.json`; ``quantization`` is that of the base that adapters belong to."""
+    content: dict[str, Any] = {
         "input": {
             "layout": layout.name,
             "max_length": layout.max_length,
@@ -241,6 +248,8 @@ def describe(layout: "Layout", temperature: float, examples: Sequence[Mapping[st
             for example in examples
         ],
     }
+    if quantization is not None:
+        content["base_quantization"] = quantization
     return dump(content)
 
 
@@ -323,7 +332,8 @@ def write_folder(
     """
     from safetensors import SafetensorError
 
-    mark = f".{output.name}.{uuid.uuid4().hex[:8]}"
+    _remove_unfinished(output)
+    mark = f".{output.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}"
     made, replaced = output.with_name(f"{mark}.new"), output.with_name(f"{mark}.old")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -357,3 +367,23 @@ def write_folder(
         shutil.rmtree(made, ignore_errors=True)
         if os.path.lexists(output):  # else the earlier export is all there is
             shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _remove_unfinished(output: Path) -> None:
+    """Removes what exports to the same place left that were killed while they wrote."""
+    form = re.compile(rf"\.{re.escape(output.name)}\.(\d+)-[0-9a-f]{{8}}\.new")
+    with contextlib.suppress(OSError):
+        for path in output.parent.iterdir():
+            found = form.fullmatch(path.name)
+            if found and not _is_alive(int(found[1])):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True

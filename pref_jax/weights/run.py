@@ -1,6 +1,7 @@
 """Exports the best checkpoint of a run."""
 
 import copy
+import logging
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ from pref_jax.weights.export import check_output, export_encoder
 if TYPE_CHECKING:
     from pref_jax.experiment import Run
     from pref_jax.models.llama import LlamaConfig
+
+logger = logging.getLogger(__name__)
 
 
 def export_run(
@@ -85,7 +88,17 @@ def _export_decoder(run: "Run", architecture: "LlamaConfig", output: Path, *, me
             **common,
         )
     else:
-        export_adapter(output, base=experiment.backbone.base["source"], **common)
+        quantization = experiment.config.model.quantization
+        base = experiment.backbone.base
+        export_adapter(output, base=base["source"], quantization=quantization, **common)
+        if quantization != "none":
+            logger.warning(
+                "the adapters were trained on an %s base, as the examples say: on the full weights "
+                "probabilities differ in the third digit; --merge writes what the run computes",
+                quantization,
+            )
+        if base["kind"] == "random":
+            logger.warning("the base is random and in no folder; --merge writes the whole model")
 
 
 def made_up_rows(run: "Run") -> list[dict[str, Any]]:

@@ -56,7 +56,7 @@ def resolve_source(pretrained: str) -> Path:
     if not _HUB_NAME.fullmatch(pretrained):
         raise InputError(
             f"{FIELD}={pretrained}",
-            "there is no such folder",
+            "there is no such file" if pretrained.endswith(".gguf") else "there is no such folder",
             "name a folder, package:NAME/PATH or a name on the Hugging Face hub",
         )
     return _hub_folder(pretrained)

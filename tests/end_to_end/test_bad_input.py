@@ -28,6 +28,7 @@ TINY = (
     " --config.model.config.intermediate_size=8 --config.input.max_length=32"
 )
 GOOD = f"{TRAIN} --config.data.train=good.csv {TINY}"
+NOWHERE = "/proc/pref_jax"  # a folder in which nobody can make anything
 PREDICT = "predict --workdir=run --output=out.csv --data="
 EVALUATE = "evaluate --workdir=run --output=out.json --data="
 
@@ -179,6 +180,10 @@ TABLE = [
     (f"{GOOD} --config.model.pretrained=bert --config.model.family=distilbert", "distilbert"),
     (f"{GOOD} --config.model.pretrained=bert --config.model.frozen_layers=5", "frozen_layers"),
     (f"{GOOD} --config.model.pretrained=bert --config.input.max_length=65", "max_length"),
+    # Places that cannot be written are found before the work.
+    (f"predict --workdir=run --data=good.csv --output={NOWHERE}.csv", "cannot be written"),
+    (f"export --workdir=run --output={NOWHERE}", "cannot be written"),
+    ("predict --workdir=run --data=good.csv --output=o.csv --base=run", "leave it out"),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -228,6 +229,10 @@ def test_a_quantised_base_trains_and_merges(
         f"--workdir={workdir}",
     )
     assert outcome.code == 0, outcome
+    outcome = call("export", f"--workdir={workdir}", f"--output={tmp_path}/adapter")
+    assert outcome.code == 0 and "--merge" in outcome.stdout, outcome
+    said = json.loads((tmp_path / "adapter" / "pref_jax.json").read_text())
+    assert said["base_quantization"] == quantization
     outcome = call("export", f"--workdir={workdir}", f"--output={tmp_path}/merged", "--merge")
     assert outcome.code == 0, outcome
     model = transformers.LlamaForSequenceClassification.from_pretrained(tmp_path / "merged")
@@ -403,9 +408,13 @@ def test_a_stray_file_is_not_merged(base: Path, decoder: Path, tmp_path: Path) -
         ("--config.model.lora.targets=q_proj,score", "no projection is called 'score'"),
         ("--config.input.layout=single", "choose decoder"),
         ("--config.input.max_length=20", "give at least"),
+        # Said at once, not in two rounds: the template is most of it.
+        ("--config.input.max_length=4", "give at least 90"),
+        ("--config.model.config.head_dim=7", "7 is odd"),
+        ("--config.model.pretrained=./absent.gguf", "no such file"),
         ("--config.input.template=x", "input.template"),
         ("--config.model.frozen_layers=1", "beside adapters"),
-        ("--config.model.lora.rank=0 --config.model.quantization=nf4", "frozen weights"),
+        ("--config.model.lora.rank=0 --config.model.quantization=nf4", "beside adapters"),
         ("--config.mesh.tensor=3", "mesh"),
     ],
 )
@@ -419,6 +428,20 @@ def test_wrong_settings_are_one_line(arena: Path, tmp_path: Path, flag: str, nam
     )
     assert outcome.code == 2 and outcome.stderr.count("\n") == 1, outcome
     assert named in outcome.stderr
+
+
+def test_a_killed_export_leaves_nothing_for_good(decoder: Path, tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    left = tmp_path / f".adapter.{ended.pid}-0123abcd.new"
+    running = tmp_path / f".adapter.{os.getppid()}-0123abcd.new"
+    other = tmp_path / f".other.{ended.pid}-0123abcd.new"
+    for folder in (left, running, other):
+        folder.mkdir()
+        (folder / "half.safetensors").write_bytes(b"x")
+    outcome = call("export", f"--workdir={decoder}", f"--output={tmp_path}/adapter")
+    assert outcome.code == 0, outcome
+    assert not left.exists() and running.exists() and other.exists()
 
 
 @pytest.fixture(scope="module")

@@ -226,7 +226,7 @@ def test_what_makes_no_sense_is_one_line(rated: Path, arena: Path, tmp_path: Pat
         (("export", f"--workdir={rated}", out), "knows no preferences"),
         (("report", rated, out), "multi-task run"),
         (("evaluate", f"--workdir={rated}", data), "--annotations"),
-        (("evaluate", f"--workdir={rated}", data, f"--annotations={nobody}"), "rates none of"),
+        (("evaluate", f"--workdir={rated}", data, f"--annotations={nobody}"), "rates no response"),
         (("predict", f"--workdir={rated}", data, out, "--swap_average"), "one response"),
         (("train", *new), "--config.data.annotations"),
         (("train", *new, f"--config.data.annotations={nobody}"), "rates no response"),
