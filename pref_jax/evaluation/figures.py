@@ -88,7 +88,7 @@ def draw_bars(values: Mapping[str, float], *, label: str, digits: int) -> bytes:
     axes.set_ylim(len(values) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(label)
-    axes.margins(x=0.16)
+    axes.margins(x=0.24)
     return _finish(figure)
 
 

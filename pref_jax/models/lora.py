@@ -52,7 +52,7 @@ class QuantizedKernel(nn.Module):
             "values": (row, column),
             # int8 has a scale per channel; nf4's lie on the grid of blocks.
             "scales": (column,) if len(shapes["scales"][0]) == 1 else (f"{row}_blocks", column),
-            "scale_scales": (None, None),  # one for 4,096 weights: each device has them all
+            "scale_scales": (f"{row}_blocks", f"{column}_blocks"),
             "scale_means": (None, None),
         }
 
