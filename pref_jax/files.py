@@ -206,6 +206,20 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     return value
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads(object_pairs_hook=)`: a key that is there twice is no choice of ours.
+
+    Raises:
+      ValueError: names the key.
+    """
+    value: dict[str, Any] = {}
+    for name, part in pairs:
+        if name in value:
+            raise ValueError(f"duplicate key: {name}")
+        value[name] = part
+    return value
+
+
 def _probe(folder: Path) -> None:
     handle, name = tempfile.mkstemp(dir=folder)
     os.close(handle)
