@@ -84,10 +84,13 @@ class _Object(dict[str, Any]):
 
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
         super().__init__(pairs)
-        names = [name for name, _ in pairs]
-        repeated = next((name for name in names if names.count(name) > 1), None)
-        inner = [value.repeated for _, value in pairs if isinstance(value, _Object)]
-        self.repeated: str | None = next((name for name in [repeated, *inner] if name), None)
+        self.repeated: str | None = None
+        if len(self) < len(pairs):
+            names = [name for name, _ in pairs]
+            self.repeated = next(name for name in names if names.count(name) > 1)
+        for _, value in pairs:
+            if isinstance(value, _Object) and value.repeated is not None:
+                self.repeated = self.repeated or value.repeated
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_Object)

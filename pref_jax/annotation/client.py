@@ -88,7 +88,7 @@ class Client:
     Args:
       base_url: up to and with the version, as in http://localhost:8000/v1.
       timeout: most seconds from sending a request to its whole answer.
-      concurrency: connections that are kept open.
+      concurrency: most requests at a time; each has a connection of its own that is kept open.
 
     Raises:
       InputError: the address or the key in the environment cannot be one.
@@ -101,15 +101,20 @@ class Client:
         headers = {"Content-Type": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
-        self._client = httpx2.AsyncClient(
-            headers=headers,
-            timeout=httpx2.Timeout(timeout, connect=min(timeout, _CONNECT_SECONDS), pool=None),
-            limits=httpx2.Limits(
-                max_connections=concurrency, max_keepalive_connections=concurrency
-            ),
-            # A proxy of the surroundings does not know this machine.
-            trust_env=self._url.host not in ("localhost", "127.0.0.1", "::1"),
-        )
+        context = httpx2.create_ssl_context()
+        # A client for each connection: one pool of many looks at all of them for every request.
+        self._idle = [
+            httpx2.AsyncClient(
+                headers=headers,
+                timeout=httpx2.Timeout(timeout, connect=min(timeout, _CONNECT_SECONDS), pool=None),
+                limits=httpx2.Limits(max_connections=1, max_keepalive_connections=1),
+                verify=context,
+                # A proxy of the surroundings does not know this machine.
+                trust_env=self._url.host not in ("localhost", "127.0.0.1", "::1"),
+            )
+            for _ in range(concurrency)
+        ]
+        self._all = list(self._idle)
         self.last_heard = -math.inf  # time.monotonic() of the last response of any kind
         self._paused_until = -math.inf
 
@@ -120,7 +125,8 @@ class Client:
         _read_key()
 
     async def close(self) -> None:
-        await self._client.aclose()
+        for client in self._all:
+            await client.aclose()
 
     def pause(self, seconds: float) -> None:
         """Nothing is sent for so long: a rate limit holds for all workers."""
@@ -138,10 +144,11 @@ class Client:
           TransientError: rate limit, server error, time-out, broken connection or half an answer.
           RefusedError: any other status.
         """
+        client = self._idle.pop()
         try:
             # The client's own limit is per read: a server that drips would never end.
             async with asyncio.timeout(self._timeout):
-                response = await self._client.post(self._url, content=json.dumps(payload))
+                response = await client.post(self._url, content=json.dumps(payload))
         except (TimeoutError, httpx2.TimeoutException) as error:
             unheard = isinstance(error, httpx2.ConnectTimeout)
             raise TransientError("time-out", reached=not unheard, listening=not unheard) from None
@@ -151,6 +158,8 @@ class Client:
         except (httpx2.TransportError, httpx2.DecodingError) as error:
             self.last_heard = time.monotonic()
             raise TransientError(f"broken connection: {type(error).__name__}") from None
+        finally:
+            self._idle.append(client)
         self.last_heard = time.monotonic()
         content = response.content
         if self._key and len(self._key) >= _SHORTEST_SECRET:

@@ -71,7 +71,7 @@ class Judge:
     Args:
       client: the server.
       model: its name there.
-      structured: a key of `STRUCTURED`.
+      modes: members of `MODES` that may be used.
       prompts: the two forms of question, by whether reasons stand inside the JSON.
       budget: what may be spent.
       attempts: requests for one question, not counting those that a rate limit turned away (of
@@ -87,7 +87,7 @@ class Judge:
         self,
         client: Client,
         model: str,
-        structured: str,
+        modes: Sequence[str],
         prompts: dict[bool, Prompt],
         budget: Budget,
         *,
@@ -97,7 +97,7 @@ class Judge:
     ) -> None:
         self._client, self._model, self._budget = client, model, budget
         self._prompts = prompts
-        self._modes = STRUCTURED[structured]
+        self._modes = tuple(modes)
         self._attempts, self._temperature, self._seed = attempts, temperature, seed
         self._stop = asyncio.Event()
         self._without: set[str] = set()  # parameters that this server does not know
@@ -165,7 +165,7 @@ class Judge:
                 spent = tries.usage.attempts >= self._attempts
                 return outcome if spent else await self._rate(question, tries), True
             if answered:
-                accepted = mode
+                accepted = accepted or mode
             elif not tries.reason.startswith("HTTP 5"):
                 break  # lost on the way: says nothing of the form
         self.mode = accepted or self._modes[0]

@@ -43,6 +43,9 @@ class Question:
     responses: tuple[str, ...]
 
 
+_EMPTY = Question("", ("",))
+
+
 @dataclass(frozen=True)
 class Prompt:
     """The form of all questions of a run.
@@ -68,7 +71,7 @@ class Prompt:
     def version(self) -> str:
         """Hash of all that shapes a question beside its texts."""
         shape = [self.instructions, self.properties.digest, self.inline, self.both]
-        marks = [_fence(("",)), _cut("x" * 1000, 200), _user_text("", Question("", ("",)))]
+        marks = [_fence(("",)), _cut("x" * 1000, 200), _user_text("", _EMPTY)]
         return hashlib.sha256(json.dumps([*shape, *marks]).encode()).hexdigest()[:16]
 
     def key(self, question: Question, side: int, model: str) -> str:
@@ -166,7 +169,9 @@ class Prompt:
 
     def estimate_tokens(self, question: Question) -> tuple[int, int]:
         """Tokens of the question and of a usual answer, from lengths alone."""
-        characters = sum(len(message["content"]) for message in self.messages(question))
+        question = self.cut(question)
+        texts = sum(len(text) for text in (question.query, *question.responses))
+        characters = len(self.instructions) + len(_user_text(_fence(("",)), _EMPTY)) + texts
         answer = 22 * len(self.properties.ratings) * self.sides + 8 * len(self.properties.flags)
         return -(-characters // CHARACTERS_PER_TOKEN), answer + 10
 

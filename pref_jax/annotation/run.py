@@ -85,6 +85,7 @@ class Plan:
         properties = load_properties(settings.properties)
         comparisons = read_comparisons(settings.data, labelled=False)
         self._model = settings.model or ""
+        self._structured = settings.structured
         self.prompts = {
             inline: Prompt(properties, inline, settings.both, settings.max_characters)
             for inline in (True, False)
@@ -107,6 +108,15 @@ class Plan:
         """The key of a rating of a response."""
         question, index = self._questions[place]
         return prompt.key(question, index, self._model)
+
+    def modes(self, store: Store) -> tuple[str, ...]:
+        """Forms of answer to try: where some responses are rated, those of the same prompt."""
+        modes = STRUCTURED[self._structured]
+        for place in self.wanted:
+            if (entry := store.rated(place)) is not None:
+                inline = entry["key"] == self.key(place, self.prompts[True])
+                return tuple(mode for mode in modes if (mode != "none") == inline)
+        return modes
 
     def items(self, is_rated: Callable[[Place], bool]) -> list[Item]:
         """What has to be asked, in the order of the file."""
@@ -260,7 +270,7 @@ class _Asking:
         self._judge = Judge(
             client,
             settings.model or "",
-            settings.structured,
+            self._plan.modes(self._store),
             self._plan.prompts,
             self._budget,
             attempts=settings.attempts,

@@ -169,7 +169,7 @@ class Judge:
         if fault == "limited":
             return _send(handler, 429, {"error": {"message": "slow down"}})
         if fault == "limited_after":
-            return _send(handler, 429, {"error": {"message": "slow"}}, **{"Retry-After": "0.1"})
+            return _send(handler, 429, {"error": {"message": "slow"}}, **{"Retry-After": "0.02"})
         if fault == "error":
             return _send(handler, 500, {"error": {"message": "oops"}})
         if fault == "hang":

@@ -76,7 +76,7 @@ def test_reasons_are_kept_and_shortened() -> None:
 
 
 def test_drafts_in_tags_are_the_reasons() -> None:
-    text = f"<reasoning>\nfunny: no joke\n- **polite**: kind\nfunny: a pun\n</reasoning>\n{{}}\n"
+    text = "<reasoning>\nfunny: no joke\n- **polite**: kind\nfunny: a pun\n</reasoning>\n{}\n"
     (rated,) = parse(text + json.dumps(good(TAGGED)), TAGGED)
     assert rated.reasons == {"funny": "a pun", "polite": "kind"}
 
