@@ -1,4 +1,4 @@
-"""Ratings of responses by a language model, over any server that speaks OpenAI's chat API.
+r"""Ratings of responses by a language model, over any server that speaks OpenAI's chat API.
 
 Examples:
   python launch/annotate.py --data=train.csv --output=ratings.jsonl \

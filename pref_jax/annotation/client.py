@@ -10,11 +10,13 @@ import json
 import math
 import os
 import time
+import urllib.request
 from dataclasses import dataclass
 from typing import Any
 
 import httpx2
 
+from pref_jax.annotation.transport import PlainTransport
 from pref_jax.errors import InputError
 
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -101,6 +103,9 @@ class Client:
         headers = {"Content-Type": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
+        # A proxy of the surroundings does not know this machine.
+        local = self._url.host in ("localhost", "127.0.0.1", "::1")
+        plain = self._url.scheme == "http" and (local or not urllib.request.getproxies())
         context = httpx2.create_ssl_context()
         # A client for each connection: one pool of many looks at all of them for every request.
         self._idle = [
@@ -109,8 +114,8 @@ class Client:
                 timeout=httpx2.Timeout(timeout, connect=min(timeout, _CONNECT_SECONDS), pool=None),
                 limits=httpx2.Limits(max_connections=1, max_keepalive_connections=1),
                 verify=context,
-                # A proxy of the surroundings does not know this machine.
-                trust_env=self._url.host not in ("localhost", "127.0.0.1", "::1"),
+                trust_env=not local,
+                transport=PlainTransport() if plain else None,
             )
             for _ in range(concurrency)
         ]
@@ -137,8 +142,8 @@ class Client:
         """Seconds until something may be sent."""
         return self._paused_until - time.monotonic()
 
-    async def ask(self, payload: dict[str, Any]) -> Reply:
-        """Sends one request.
+    async def ask(self, payload: str) -> Reply:
+        """Sends one request, a JSON object.
 
         Raises:
           TransientError: rate limit, server error, time-out, broken connection or half an answer.
@@ -148,7 +153,7 @@ class Client:
         try:
             # The client's own limit is per read: a server that drips would never end.
             async with asyncio.timeout(self._timeout):
-                response = await client.post(self._url, content=json.dumps(payload))
+                response = await client.post(self._url, content=payload)
         except (TimeoutError, httpx2.TimeoutException) as error:
             unheard = isinstance(error, httpx2.ConnectTimeout)
             raise TransientError("time-out", reached=not unheard, listening=not unheard) from None

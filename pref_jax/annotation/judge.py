@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import functools
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -286,30 +288,25 @@ class Judge:
                 usage.cost = self._budget.prices.cost(*tokens) if charged is None else charged
                 tries.usage.add(usage)
 
-    def _payload(
-        self, prompt: Prompt, question: Question, answers: int, room: int
-    ) -> dict[str, Any]:
+    def _payload(self, prompt: Prompt, question: Question, answers: int, room: int) -> str:
+        """The request as JSON, of which the long parts that never change are encoded once."""
         # The same request again would get the same bad answer.
         warmer = self._temperature + _TEMPERATURE_STEP * answers
-        payload: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "model": self._model,
-            "messages": prompt.messages(question),
             "max_tokens": room,
             "temperature": min(warmer, max(self._temperature, 1.0)),
             "seed": self._seed + answers,
         }
-        if self.mode == "json_schema":
-            schema = {"name": "ratings", "strict": True, "schema": prompt.schema}
-            payload["response_format"] = {"type": "json_schema", "json_schema": schema}
-        elif self.mode != "none":
-            payload["response_format"] = {"type": "json_object"}
-            if self.mode == "json_object with schema":
-                payload["response_format"]["schema"] = prompt.schema
-        for name in self._without & payload.keys():
-            value = payload.pop(name)
+        for name in self._without & fields.keys():
+            value = fields.pop(name)
             if name == "max_tokens":
-                payload["max_completion_tokens"] = value
-        return payload
+                fields["max_completion_tokens"] = value
+        system, user = prompt.messages(question)
+        instructions = f'{{"role": "system", "content": {_dump_text(system["content"])}}}'
+        messages = f'"messages": [{instructions}, {json.dumps(user)}]'
+        form = _dump_form(prompt, self.mode)
+        return f"{{{json.dumps(fields)[1:-1]}, {messages}{form}}}"
 
     def _adapt(self, error: RefusedError) -> bool:
         """Whether the server refused a parameter by name, which is left out from now on."""
@@ -332,6 +329,24 @@ class Judge:
     async def _sleep(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._stop.wait(), seconds)
+
+
+@functools.lru_cache(maxsize=4)
+def _dump_text(text: str) -> str:
+    return json.dumps(text)
+
+
+@functools.lru_cache(maxsize=4)
+def _dump_form(prompt: Prompt, mode: str) -> str:
+    if mode == "none":
+        return ""
+    form: dict[str, Any] = {"type": "json_object"}
+    if mode == "json_schema":
+        schema = {"name": "ratings", "strict": True, "schema": prompt.schema}
+        form = {"type": "json_schema", "json_schema": schema}
+    elif mode == "json_object with schema":
+        form["schema"] = prompt.schema
+    return f', "response_format": {json.dumps(form)}'
 
 
 _backoff = tenacity.wait_exponential_jitter(initial=0.5, max=_LONGEST_WAIT, jitter=0.5)
