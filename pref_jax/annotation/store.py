@@ -110,14 +110,14 @@ class Store:
         Raises:
           RunError: they are not (the disk is full); `close` tries once more.
         """
-        blob = b"".join(_line(entry) for entry in entries)
+        lines = [_line(entry) for entry in entries]
         future = asyncio.get_running_loop().create_future()
-        self._waiting.append((int(failures), blob, future))
+        self._waiting.append((int(failures), b"".join(lines), future))
         if self._flusher is None or self._flusher.done():
             self._flusher = asyncio.create_task(self._flush())
         await future
-        for entry in entries:
-            self._take(failures, entry, _line(entry))
+        for entry, line in zip(entries, lines, strict=True):
+            self._take(failures, entry, line)
 
     def close(self) -> None:
         """Puts both files into order, each in one step; the same content is not written again.
