@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import datetime
+import email.utils
 import json
 import os
 import random
@@ -16,9 +18,10 @@ from typing import Any
 
 import pytest
 import tenacity
-from annotation.judge import Judge, all_twos, find_template, rate, read_texts
+from annotation.judge import Judge, _send, all_twos, find_template, rate, read_texts
 from rig import REPOSITORY, call, make_rows, write_csv
 
+from pref_jax.annotation.client import Client, _read_retry_after
 from pref_jax.annotation.properties import load_properties
 from pref_jax.annotation.ratings import read_ratings
 from pref_jax.command import Outcome
@@ -346,17 +349,78 @@ def test_rate_limits_hold_for_all(six: Path, tmp_path: Path) -> None:
     assert len(found) == 12 and {entry["attempts"] for entry in found} == {1}
 
 
+def test_what_the_server_asks_for_is_waited(
+    six: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    pause = Client.pause
+    monkeypatch.setattr(Client, "pause", lambda *a: (pauses.append(a[1]), pause(*a))[1])
+    with Judge(faults=1) as judge:
+        judge.fault = lambda texts, times: "" if times else "limited_after"  # type: ignore
+        assert annotate(judge, six, tmp_path / "A.jsonl").code == 0
+    assert pauses == [0.02] * 12
+
+
+def test_a_limit_that_never_ends_does(six: Path, tmp_path: Path) -> None:
+    with Judge(faults=1) as judge:
+        judge.fault = lambda texts, times: "limited"  # type: ignore
+        outcome = annotate(judge, six, tmp_path / "A.jsonl", "--attempts=2")
+        one_line(outcome, 1, "answers nothing (HTTP 429)")
+        assert {len(bodies) for bodies in judge.asked.values()} == {4}
+
+
+def test_no_answer_is_waited_for_too_long(six: Path, tmp_path: Path) -> None:
+    with Judge(seconds=2) as judge:
+        options = ("--timeout=0.2", "--attempts=1", "--rows=1")
+        one_line(annotate(judge, six, tmp_path / "A.jsonl", *options), 1, "time-out")
+
+
+def test_retry_after_is_seconds_or_a_date() -> None:
+    soon = email.utils.format_datetime(
+        datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=100), usegmt=True
+    )
+    assert 90 < (_read_retry_after(soon) or 0) <= 100
+    assert _read_retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+    assert [_read_retry_after(value) for value in ("3", "0.5", "-1")] == [3, 0.5, 0]
+    assert [_read_retry_after(value) for value in (None, "soon", "nan", "inf")] == [None] * 4
+
+
+def test_parameters_that_a_server_does_not_know_are_left_out(six: Path, tmp_path: Path) -> None:
+    with Judge() as judge:
+        respond = judge._respond
+
+        def refuse(handler: Any, body: dict[str, Any], texts: str, times: int) -> None:
+            for name in ("max_tokens", "temperature"):
+                if name in body:
+                    message = f"Unsupported parameter: '{name}' is not supported with this model."
+                    return _send(handler, 400, {"error": {"message": message}})
+            return respond(handler, body, texts, times)
+
+        judge._respond = refuse  # type: ignore
+        assert annotate(judge, six, tmp_path / "A.jsonl").code == 0
+        assert judge.requests == 12 + 2
+        assert all(b["max_completion_tokens"] == 2024 for b in list(judge.bodies())[2:])
+    assert len(lines(tmp_path / "A.jsonl")) == 12
+
+
+def test_a_form_that_was_settled_stays(six: Path, tmp_path: Path) -> None:
+    with Judge(modes=("none",)) as judge:
+        assert annotate(judge, six, tmp_path / "A.jsonl", "--rows=2").code == 0
+    with Judge() as judge:
+        assert annotate(judge, six, tmp_path / "A.jsonl").code == 0
+        assert judge.requests == 8
+        assert not any("response_format" in body for body in judge.bodies())
+
+
 def test_more_room_once_for_an_answer_that_was_cut(six: Path, tmp_path: Path) -> None:
     with Judge() as judge:
         respond = judge._respond
 
         def cut(handler: Any, body: dict[str, Any], texts: str, times: int) -> None:
-            import annotation.judge as module
-
             if body["max_tokens"] > 3000:
                 return respond(handler, body, texts, times)
             reply = {"choices": [{"message": {"content": "{"}, "finish_reason": "length"}]}
-            return module._send(handler, 200, reply)
+            return _send(handler, 200, reply)
 
         judge._respond = cut  # type: ignore
         assert annotate(judge, six, tmp_path / "A.jsonl", "--structured=json_schema").code == 0

@@ -59,6 +59,8 @@ def test_a_torn_line_is_cut_and_the_others_stay(path: Path, torn: str) -> None:
     save(path, "1b", "2a")
     with path.open("a") as file:
         file.write(torn)
+    with Store(path, WANTED):
+        assert path.read_bytes().endswith(b"}\n")  # what is appended next is a line of its own
     save(path, "3a")
     assert places(path) == ["2a", "3a", "1b"]
 
