@@ -1,0 +1,303 @@
+"""What has been paid for: lines that are on the disk before they count, whatever happens after.
+
+While a run goes on lines are only appended. When it closes, both files are put into the order of
+the input with one line per response. A kill at any moment costs the answers in flight, no others.
+"""
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from pref_jax.annotation.ratings import identify, parse_line
+from pref_jax.errors import InputError, RunError
+from pref_jax.files import sync, write_durably, write_error
+
+Place = tuple[str, str]  # id and side
+
+
+def read_keys(path: Path) -> set[str]:
+    """Keys of the ratings in a file, whoever is writing it; none where there is no file."""
+    keys = set()
+    if path.is_file():
+        for line in path.read_bytes().split(b"\n"):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                keys.add(str(json.loads(line)["key"]))
+    return keys
+
+
+class Store:
+    """The files of one output: ratings, failures beside them, and what newer ratings replaced.
+
+    Only one process can have it open. Use as a context manager.
+
+    Args:
+      path: the ratings, ``A.jsonl``; failures are in ``A.jsonl.failures``, former ratings of the
+        same responses (by another prompt or model, or of another text) in ``A.jsonl.replaced``.
+      wanted: per response of the input, in its order, the keys that a rating of it may have.
+
+    Raises:
+      InputError: another process has it open, or a file holds something else.
+      RunError: the disk is full.
+    """
+
+    def __init__(self, path: Path, wanted: Mapping[Place, frozenset[str]]) -> None:
+        self.path = path
+        self._wanted = wanted
+        self._paths = [path, path.with_name(f"{path.name}.failures")]
+        self._replaced = path.with_name(f"{path.name}.replaced")
+        self._lock_path = path.with_name(f"{path.name}.lock")
+        self._rated: dict[Place, dict[str, bytes]] = {}  # by key, in the order of the file
+        self._failed: dict[Place, bytes] = {}
+        self._by_key: dict[str, bytes] = {}
+        self._waiting: list[tuple[int, bytes, asyncio.Future[None]]] = []
+        self._flusher: asyncio.Task[None] | None = None
+        self._unwritten: list[tuple[int, bytes]] = []
+        self._files: list[int] = []
+        self._lock = _lock(self._lock_path)
+        try:
+            self._open()
+        except BaseException:
+            self._release()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self.close()
+        except RunError:
+            if error is None:
+                raise
+
+    def rated(self, place: Place) -> dict[str, Any] | None:
+        """The entry of a response that is rated as wanted."""
+        line = self._choose(place)
+        return None if line is None else json.loads(line)
+
+    def find(self, keys: Iterable[str]) -> dict[str, Any] | None:
+        """An entry with one of the keys, of whichever response."""
+        line = next((self._by_key[key] for key in keys if key in self._by_key), None)
+        return None if line is None else json.loads(line)
+
+    def failed(self, place: Place) -> dict[str, Any] | None:
+        """The entry of a response that could not be rated, in this call or an earlier one."""
+        if self._choose(place) is not None or place not in self._failed:
+            return None
+        return json.loads(self._failed[place])
+
+    @property
+    def outdated(self) -> int:
+        """Responses of the input whose ratings have a key that is not wanted."""
+        return sum(place in self._rated and self._choose(place) is None for place in self._wanted)
+
+    async def save(self, entries: Sequence[dict[str, Any]], *, failures: bool = False) -> None:
+        """Returns once the entries are on the disk, written in one piece.
+
+        Raises:
+          RunError: they are not (the disk is full); `close` tries once more.
+        """
+        lines = [_line(entry) for entry in entries]
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.append((int(failures), b"".join(lines), future))
+        if self._flusher is None or self._flusher.done():
+            self._flusher = asyncio.create_task(self._flush())
+        await future
+        for entry, line in zip(entries, lines, strict=True):
+            self._take(failures, entry, line)
+
+    def close(self) -> None:
+        """Puts both files into order, each in one step; the same content is not written again.
+
+        Raises:
+          RunError: there is no room; every line that was written is still there.
+        """
+        if self._lock < 0:
+            return
+        try:
+            self._write_rest()
+            self._compact()
+        finally:
+            self._release()
+
+    # Reading
+
+    def _open(self) -> None:
+        for leftover in self.path.parent.iterdir():  # of a kill while files were put into order
+            if re.fullmatch(rf"\.{re.escape(self.path.name)}(\.\w+)?\.\w{{8}}", leftover.name):
+                leftover.unlink(missing_ok=True)
+        for path in self._paths:
+            try:
+                flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+                self._files.append(os.open(path, flags, 0o644))
+            except OSError as error:
+                raise write_error(path, error) from error
+        sync(self.path.parent)  # the files themselves, should the power fail
+        for kind, (path, file) in enumerate(zip(self._paths, self._files, strict=True)):
+            for number, line in enumerate(_read_whole_lines(path, file), start=1):
+                if not line.strip():
+                    continue
+                entry = parse_line(f"{path}:{number}", line)
+                identify(f"{path}:{number}", entry)
+                self._take(bool(kind), entry, line + b"\n")
+        if self._replaced.exists():
+            for line in self._replaced.read_bytes().split(b"\n"):
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    self._by_key.setdefault(json.loads(line)["key"], line)
+
+    def _take(self, failure: bool, entry: Mapping[str, Any], line: bytes) -> None:
+        place = (str(entry["id"]), str(entry["side"]))
+        if failure:
+            self._failed[place] = line
+            return
+        key = str(entry.get("key"))
+        self._rated.setdefault(place, {}).setdefault(key, line)
+        self._by_key.setdefault(key, line)
+
+    def _choose(self, place: Place) -> bytes | None:
+        rated = self._rated.get(place, {})
+        keys = self._wanted.get(place, frozenset())
+        return next((line for key, line in rated.items() if key in keys), None)
+
+    # Writing
+
+    async def _flush(self) -> None:
+        """Writes what is waiting, and syncs once for all of it."""
+        while self._waiting:
+            batch, self._waiting = self._waiting, []
+            try:
+                await asyncio.to_thread(self._append, [(kind, blob) for kind, blob, _ in batch])
+            except OSError as error:
+                failure = write_error(self.path, error)
+                self._unwritten += [(kind, blob) for kind, blob, _ in batch]
+                for _, _, future in batch:
+                    future.set_exception(failure)
+            else:
+                for _, _, future in batch:
+                    future.set_result(None)
+
+    def _append(self, blobs: Iterable[tuple[int, bytes]]) -> None:
+        """All of the blobs, or none of them."""
+        sizes = [os.fstat(file).st_size for file in self._files]
+        try:
+            for kind, blob in blobs:
+                if os.write(self._files[kind], blob) < len(blob):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            for file in self._files:
+                os.fsync(file)
+        except OSError:
+            for file, size in zip(self._files, sizes, strict=True):
+                os.ftruncate(file, size)
+            raise
+
+    def _write_rest(self) -> None:
+        unwritten = self._unwritten + [(kind, blob) for kind, blob, _ in self._waiting]
+        self._unwritten, self._waiting = [], []
+        if not unwritten:
+            return
+        try:
+            self._append(unwritten)
+        except OSError as error:
+            raise write_error(self.path, error) from error
+        for kind, blob in unwritten:
+            for line in blob.splitlines(keepends=True):
+                self._take(bool(kind), json.loads(line), line)
+
+    def _compact(self) -> None:
+        chosen, left = [], []
+        for place in self._wanted:
+            lines = list(self._rated.get(place, {}).values())
+            if lines:
+                # Where no rating is as wanted, a former one is better than none.
+                kept = self._choose(place) or lines[-1]
+                chosen.append(kept)
+                left += [line for line in lines if line != kept]
+        failures = [
+            self._failed[place]
+            for place in self._wanted
+            if place in self._failed and self._choose(place) is None
+        ]
+        others = [
+            [
+                line
+                for place, lines in self._rated.items()
+                for line in lines.values()
+                if place not in self._wanted
+            ],
+            [line for place, line in self._failed.items() if place not in self._wanted],
+        ]
+        if left:
+            known = self._replaced.read_bytes() if self._replaced.exists() else b""
+            write_durably(self._replaced, known + b"".join(left))
+        for path, lines in zip(
+            self._paths, (chosen + others[0], failures + others[1]), strict=True
+        ):
+            content = b"".join(lines)
+            if path.read_bytes() != content:
+                write_durably(path, content)
+
+    def _release(self) -> None:
+        for file in self._files:
+            os.close(file)
+        self._files = []
+        if self._lock >= 0:
+            # Removed while it is held: whoever waits for it looks again whether it is still there.
+            self._lock_path.unlink(missing_ok=True)
+            os.close(self._lock)
+            self._lock = -1
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    return json.dumps(entry).encode() + b"\n"
+
+
+def _lock(path: Path) -> int:
+    """A file descriptor that holds the lock, which the kernel frees with the process."""
+    while True:
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise write_error(path, error) from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.exists(path) and os.path.samestat(os.fstat(file), os.stat(path)):
+                return file
+        except BlockingIOError as error:
+            os.close(file)
+            raise InputError(
+                str(path).removesuffix(".lock"),
+                "another process is writing it",
+                "wait for it, or name another file with --output",
+            ) from error
+        except OSError as error:
+            os.close(file)
+            raise write_error(path, error) from error
+        os.close(file)
+
+
+def _read_whole_lines(path: Path, file: int) -> list[bytes]:
+    """The lines of a file; a last one that a kill has torn is cut off it."""
+    content = path.read_bytes()
+    *lines, last = content.split(b"\n")
+    if last:
+        try:
+            json.loads(last)
+        except ValueError:
+            os.ftruncate(file, len(content) - len(last))
+        else:  # whole, but for its end: not ours, or an editor's
+            os.write(file, b"\n")
+            lines.append(last)
+    return lines
