@@ -4,19 +4,18 @@ The key is read from the environment, goes into one header, and is struck out of
 sends back, so that no message, file or traceback can hold it.
 """
 
-import asyncio
 import email.utils
 import json
 import math
 import os
 import time
-import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import httpx2
+import aiohttp
+from yarl import URL
 
-from pref_jax.annotation.transport import PlainTransport
 from pref_jax.errors import InputError
 
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -99,27 +98,8 @@ class Client:
     def __init__(self, base_url: str, *, timeout: float, concurrency: int) -> None:
         self._url = _read_url(base_url)
         self._key = _read_key()
-        self._timeout = timeout
-        headers = {"Content-Type": "application/json"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        # A proxy of the surroundings does not know this machine.
-        local = self._url.host in ("localhost", "127.0.0.1", "::1")
-        plain = self._url.scheme == "http" and (local or not urllib.request.getproxies())
-        context = httpx2.create_ssl_context()
-        # A client for each connection: one pool of many looks at all of them for every request.
-        self._idle = [
-            httpx2.AsyncClient(
-                headers=headers,
-                timeout=httpx2.Timeout(timeout, connect=min(timeout, _CONNECT_SECONDS), pool=None),
-                limits=httpx2.Limits(max_connections=1, max_keepalive_connections=1),
-                verify=context,
-                trust_env=not local,
-                transport=PlainTransport() if plain else None,
-            )
-            for _ in range(concurrency)
-        ]
-        self._all = list(self._idle)
+        self._timeout, self._concurrency = timeout, concurrency
+        self._session: aiohttp.ClientSession | None = None
         self.last_heard = -math.inf  # time.monotonic() of the last response of any kind
         self._paused_until = -math.inf
 
@@ -130,8 +110,25 @@ class Client:
         _read_key()
 
     async def close(self) -> None:
-        for client in self._all:
-            await client.aclose()
+        if self._session is not None:
+            await self._session.close()
+
+    def _open(self) -> aiohttp.ClientSession:
+        """The connections; made by the first request, since they belong to its event loop."""
+        if self._session is None:
+            headers = {"Content-Type": "application/json"}
+            if self._key:
+                headers["Authorization"] = f"Bearer {self._key}"
+            connect = min(self._timeout, _CONNECT_SECONDS)
+            self._session = aiohttp.ClientSession(
+                headers=headers,
+                connector=aiohttp.TCPConnector(limit=self._concurrency),
+                # The total counts from sending to the last byte: a server that drips must end.
+                timeout=aiohttp.ClientTimeout(total=self._timeout, sock_connect=connect),
+                # A proxy of the surroundings does not know this machine.
+                trust_env=self._url.host not in ("localhost", "127.0.0.1", "::1"),
+            )
+        return self._session
 
     def pause(self, seconds: float) -> None:
         """Nothing is sent for so long: a rate limit holds for all workers."""
@@ -149,30 +146,28 @@ class Client:
           TransientError: rate limit, server error, time-out, broken connection or half an answer.
           RefusedError: any other status.
         """
-        client = self._idle.pop()
         try:
-            # The client's own limit is per read: a server that drips would never end.
-            async with asyncio.timeout(self._timeout):
-                response = await client.post(self._url, content=payload)
-        except (TimeoutError, httpx2.TimeoutException) as error:
-            unheard = isinstance(error, httpx2.ConnectTimeout)
+            async with self._open().post(
+                self._url, data=payload.encode(), allow_redirects=False
+            ) as response:
+                status, headers = response.status, response.headers
+                content = await response.read()
+        except TimeoutError as error:
+            unheard = isinstance(error, aiohttp.ConnectionTimeoutError)
             raise TransientError("time-out", reached=not unheard, listening=not unheard) from None
-        except httpx2.ConnectError as error:
-            reason = f"cannot connect: {_shorten(str(error))}"
+        except aiohttp.ClientConnectorError as error:
+            reason = f"cannot connect: {_shorten(error.strerror or str(error.os_error))}"
             raise TransientError(reason, reached=False, listening=False) from None
-        except (httpx2.TransportError, httpx2.DecodingError) as error:
+        except (aiohttp.ClientError, OSError) as error:
             self.last_heard = time.monotonic()
             raise TransientError(f"broken connection: {type(error).__name__}") from None
-        finally:
-            self._idle.append(client)
         self.last_heard = time.monotonic()
-        content = response.content
         if self._key and len(self._key) >= _SHORTEST_SECRET:
             content = content.replace(self._key.encode(), b"[key]")
-        return _read_response(response.status_code, response.headers, content)
+        return _read_response(status, headers, content)
 
 
-def _read_response(status: int, headers: httpx2.Headers, content: bytes) -> Reply:
+def _read_response(status: int, headers: Mapping[str, str], content: bytes) -> Reply:
     try:
         body = json.loads(content)
     except (ValueError, RecursionError):
@@ -183,10 +178,10 @@ def _read_response(status: int, headers: httpx2.Headers, content: bytes) -> Repl
         return _read_reply(body)
     message, code = _read_error(body, content)
     if status == 429 and code != "insufficient_quota":
-        after = _read_retry_after(headers.get("retry-after"))
+        after = _read_retry_after(headers.get("Retry-After"))
         raise TransientError("HTTP 429", limited=True, retry_after=after, reached=False)
     if status in (408, 409, 425) or status >= 500:
-        after = _read_retry_after(headers.get("retry-after"))
+        after = _read_retry_after(headers.get("Retry-After"))
         raise TransientError(f"HTTP {status}", retry_after=after, reached=False)
     raise RefusedError(status, message, code)
 
@@ -238,20 +233,20 @@ def _read_retry_after(value: str | None) -> float | None:
     return max(seconds, 0.0) if math.isfinite(seconds) else None
 
 
-def _read_url(base_url: str) -> httpx2.URL:
+def _read_url(base_url: str) -> URL:
     remedy = "name the server as in http://localhost:8000/v1"
     try:
-        url = httpx2.URL(base_url)
-    except (httpx2.InvalidURL, ValueError) as error:
+        url = URL(base_url)
+    except ValueError as error:
         raise InputError("--base_url", f"is not an address ({error})", remedy) from None
     if url.scheme not in ("http", "https") or not url.host:
         raise InputError("--base_url", "is not an address that begins with http", remedy)
-    if url.userinfo:
+    if url.user or url.password:
         raise InputError(
             "--base_url", "holds a password", f"put the key into the variable {KEY_VARIABLE}"
         )
     path = url.path.rstrip("/").removesuffix("/chat/completions")
-    return url.copy_with(path=f"{path}/chat/completions")
+    return url.with_path(f"{path}/chat/completions", keep_query=True)
 
 
 def _read_key() -> str:

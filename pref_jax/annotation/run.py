@@ -258,6 +258,7 @@ class _Asking:
         self._failed = 0
         self._started = time.monotonic()
         self._error: InputError | RunError | None = None
+        self._asking = asyncio.Semaphore(settings.concurrency)
 
     async def run(
         self, items: list[Item], signals: StopSignals
@@ -283,7 +284,9 @@ class _Asking:
             for item, outcome in zip(items, outcomes, strict=False):
                 await self._save(item, outcome)
             rest = iter(items[len(outcomes) :])
-            await asyncio.gather(*(self._work(rest) for _ in range(settings.concurrency)))
+            # Twice as many as may ask: the others bring their answers to the disk meanwhile.
+            workers = range(2 * settings.concurrency)
+            await asyncio.gather(*(self._work(rest) for _ in workers))
         finally:
             watch.cancel()
             await client.close()
@@ -297,7 +300,9 @@ class _Asking:
     async def _work(self, items: Iterator[Item]) -> None:
         while not self._judge.stopped and (item := next(items, None)) is not None:
             with self._caught():
-                await self._save(item, await self._judge.rate(item.question))
+                async with self._asking:
+                    outcome = await self._judge.rate(item.question)
+                await self._save(item, outcome)
 
     @contextlib.contextmanager
     def _caught(self) -> Iterator[None]:

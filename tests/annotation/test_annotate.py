@@ -85,7 +85,7 @@ def six(tmp_path: Path) -> Path:
 
 def test_five_hundred_responses_of_a_bad_server(arena: Path, tmp_path: Path) -> None:
     output = tmp_path / "A.jsonl"
-    more = ("--rows=250", "--concurrency=64", "--timeout=0.6", "--attempts=3")
+    more = ("--rows=250", "--concurrency=64", "--timeout=3", "--attempts=3")
     with Judge(faults=0.05, hang=0.9) as judge:
         outcome = annotate(judge, arena / "train.csv", output, *more)
         assert outcome.code == 0, outcome
