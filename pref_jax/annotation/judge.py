@@ -345,7 +345,8 @@ def _dump_form(prompt: Prompt, mode: str) -> str:
         schema = {"name": "ratings", "strict": True, "schema": prompt.schema}
         form = {"type": "json_schema", "json_schema": schema}
     elif mode == "json_object with schema":
-        form["schema"] = prompt.schema
+        # OpenAI's form knows no lengths, llama.cpp's does.
+        form["schema"] = prompt.bounded_schema
     return f', "response_format": {json.dumps(form)}'
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from pref_jax.annotation.properties import PropertySet
 
+_LONGEST_DRAFT = 80  # characters of a reason, where the form can say so
 CHARACTERS_PER_TOKEN = 4  # of English; an estimate, where the server does not count
 _EXAMPLES = Path(__file__).with_name("examples.toml")
 
@@ -125,9 +126,17 @@ class Prompt:
     @functools.cached_property
     def schema(self) -> dict[str, Any]:
         """JSON schema of an answer; a judge fills it in the order of its keys."""
+        return self._make_schema({"type": "string"})
+
+    @functools.cached_property
+    def bounded_schema(self) -> dict[str, Any]:
+        """The same with short reasons, for servers that can hold a rambling model to it."""
+        return self._make_schema({"type": "string", "maxLength": _LONGEST_DRAFT})
+
+    def _make_schema(self, reason: dict[str, Any]) -> dict[str, Any]:
         numbers = list(range(len(self.properties.scale)))
         rating = {"type": "integer", "enum": numbers}
-        value = _object({"reason": {"type": "string"}, "rating": rating}) if self.inline else rating
+        value = _object({"reason": reason, "rating": rating}) if self.inline else rating
         ratings = _object(dict.fromkeys(self.properties.rating_names, value))
         flag = {"type": "integer", "enum": [0, 1]}
         flags = dict.fromkeys(self.properties.flag_names, flag)

@@ -124,6 +124,7 @@ class TrainingLoop:
         self._describe_rows = describe_rows
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._eval_seconds: float | None = None
+        self._unreported = 0  # rows since the last line of progress
 
     def run(self, state: TrainState, step: int, history: History) -> tuple[TrainState, str | None]:
         """Trains from ``step`` updates on.
@@ -203,8 +204,10 @@ class TrainingLoop:
                 "look at these rows, or lower train.learning_rate; the last checkpoint is kept",
             )
         self._metrics.write(step + 1, "train", values | {"rows_per_second": rate})
+        self._unreported += len(numbers)
         if (step + 1) % self._limits.log_every == 0:
-            self._progress.update(step + 1, rows=len(numbers), loss=values["loss"])
+            self._progress.update(step + 1, rows=self._unreported, loss=values["loss"])
+            self._unreported = 0
 
     def _settle(self, state: TrainState, step: int, evaluate: bool, save: bool) -> None:
         """Brings metrics up to date; evaluates and saves where that is due."""
