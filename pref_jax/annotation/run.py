@@ -136,6 +136,12 @@ def annotate(settings: Settings) -> None:
       RunError: it stopped early: the limit is reached, the server is gone, or the disk is full.
     """
     _check(settings)
+    if settings.prices is ASSUMED_PRICES:
+        print(
+            f"--max_cost without prices: {ASSUMED_PRICES.prompt:g} and "
+            f"{ASSUMED_PRICES.completion:g} per million tokens of questions and answers are "
+            "assumed; --price_prompt and --price_completion set them"
+        )
     plan = Plan(settings)
     assert settings.output is not None
     with Store(Path(settings.output), plan.wanted) as store:
