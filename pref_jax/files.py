@@ -68,14 +68,9 @@ def check_room(path: Path) -> None:
     """Looks whether ``path``, which is not there, could be made.
 
     Raises:
-      InputError: it lies below a file, or in a folder that cannot be written.
-      RunError: the disk is full.
+      OSError: it lies below a file, or in a folder that cannot be written; or the disk is full.
     """
-    above = next((folder for folder in path.parents if folder.exists()), Path("."))
-    try:
-        _probe(above)
-    except OSError as error:
-        raise _explain(path, error) from error
+    _probe(next((folder for folder in path.parents if folder.exists()), Path(".")))
 
 
 def make_output_folder(path: str | Path, flag: str = "--output") -> Path:

@@ -121,7 +121,10 @@ def check_output(output: Path) -> None:
     """
     where = f"--output={output}"
     if not os.path.lexists(output):
-        check_room(output)
+        try:
+            check_room(output)
+        except OSError as error:
+            raise _explain(where, error) from error
         return
     if not os.path.isdir(output):
         raise InputError(where, "it is not a folder", "name a new folder")
@@ -355,18 +358,19 @@ def write_folder(
             raise
         sync(output.parent)
     except (OSError, SafetensorError) as error:
-        where, reason = f"--output={output}", getattr(error, "strerror", None) or str(error)
-        if getattr(error, "errno", None) in _BAD_PLACE:
-            raise InputError(
-                where, f"it cannot be written there ({reason})", "name another folder"
-            ) from error
-        raise RunError(
-            where, f"writing it failed ({reason})", "make room or name another folder"
-        ) from error
+        raise _explain(f"--output={output}", error) from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
         if os.path.lexists(output):  # else the earlier export is all there is
             shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _explain(where: str, error: Exception) -> InputError | RunError:
+    """The one line of a failure to write."""
+    reason = getattr(error, "strerror", None) or str(error)
+    if getattr(error, "errno", None) in _BAD_PLACE:
+        return InputError(where, f"it cannot be written there ({reason})", "name another folder")
+    return RunError(where, f"writing it failed ({reason})", "make room or name another folder")
 
 
 def _remove_unfinished(output: Path) -> None:

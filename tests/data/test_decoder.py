@@ -175,9 +175,7 @@ def test_the_last_token_is_pooled(tmp_path: Path, tokenizer: Tokenizer, packing:
     closing = tokenizer.encode([split_template(TEMPLATE)[-1]])[0]
     seen = []
     for unit in pack(samples.lengths.sum(axis=1), numbers, geometry):
-        bucket = unit.bucket
-        rows = geometry.rows_per_unit[bucket]
-        packed = allocate_units((1,), geometry.unit_lengths[bucket], rows, 1)
+        packed = allocate_units((1,), geometry, unit.bucket)
         write_unit(packed, (0,), 0, unit, samples)
         for slot in range(len(unit.samples)):
             at = packed.pool_positions[0, slot, 0]

@@ -182,7 +182,7 @@ TABLE = [
     (f"{GOOD} --config.model.pretrained=bert --config.input.max_length=65", "max_length"),
     # Places that cannot be written are found before the work.
     (f"predict --workdir=run --data=good.csv --output={NOWHERE}.csv", "cannot be written"),
-    (f"export --workdir=run --output={NOWHERE}", "cannot be written"),
+    (f"export --workdir=run --output={NOWHERE}", "it cannot be written there"),
     ("predict --workdir=run --data=good.csv --output=o.csv --base=run", "leave it out"),
 ]
 
