@@ -201,17 +201,19 @@ def _call_scripts(
     Path(notes).write_text(json.dumps(outcomes))
 
 
-def finish(process: ForkServerProcess, log: Path, code: int = 0) -> str:
+def finish(process: ForkServerProcess, log: Path, code: int = 0, seconds: float = 300) -> str:
     """Waits for a process of `start`; returns what it has said."""
-    process.join(timeout=300)
+    process.join(timeout=seconds)
     said = log.read_text(encoding="utf-8", errors="replace")
     assert process.exitcode == code, said
     return said
 
 
-def wait_for(condition: Callable[[], bool], process: ForkServerProcess, log: Path) -> None:
+def wait_for(
+    condition: Callable[[], bool], process: ForkServerProcess, log: Path, seconds: float = 120
+) -> None:
     """Returns once ``condition`` holds; fails where the process ends before."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + seconds
     while not condition():
         alive = process.is_alive()
         if not alive and condition():

@@ -28,6 +28,9 @@ SMALL = (
 )
 
 
+_PATIENCE = 600.0  # seconds: five models are compiled
+
+
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study that was killed in a multi-task run and in a model, then finished."""
@@ -36,18 +39,20 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for place in ("seed0/multitask_minilm/checkpoints/2", "seed0/parallel_minilm/checkpoints/4"):
         process = start(log, "reproduce", *SMALL, f"--workdir={study}")
         manifest = study / place / "manifest.json"
-        wait_for(manifest.exists, process, log)
+        wait_for(manifest.exists, process, log, _PATIENCE)
         process.kill()
         process.join()
         assert not (study / "report").exists()
-    said = finish(start(log, "reproduce", *SMALL, f"--workdir={study}"), log)
+    process = start(log, "reproduce", *SMALL, f"--workdir={study}")
+    said = finish(process, log, seconds=_PATIENCE)
     assert "resumed" in said
     return study
 
 
 def test_the_report_does_not_tell_that_it_was_killed(killed: Path) -> None:
     straight, log = killed.parent / "straight", killed.parent / "straight.log"
-    finish(start(log, "reproduce", *SMALL, f"--workdir={straight}"), log)
+    process = start(log, "reproduce", *SMALL, f"--workdir={straight}")
+    finish(process, log, seconds=_PATIENCE)
     names = sorted(path.name for path in (killed / "report").iterdir())
     assert names == sorted(path.name for path in (straight / "report").iterdir())
     assert {"index.html", "study.json", "results.csv", "test_loss.png"} <= set(names)
