@@ -51,24 +51,12 @@ if [[ ! -f $arena/settings || $(<"$arena/settings") != "$settings" ]]; then
   fi
   # evaluate reads comparisons and labels from one file.
   "$python" - "$arena" <<'PYTHON'
-import csv
 import pathlib
 import sys
 
-arena = pathlib.Path(sys.argv[1])
-csv.field_size_limit(2**31 - 1)
-with open(arena / "test_labels.csv", encoding="utf-8", newline="") as file:
-    labels = {row["id"]: row for row in csv.DictReader(file)}
-with (
-    open(arena / "test.csv", encoding="utf-8", newline="") as file,
-    open(arena / "test_labelled.csv", "w", encoding="utf-8", newline="") as output,
-):
-    reader = csv.DictReader(file)
-    names = [*reader.fieldnames, "winner_model_a", "winner_model_b", "winner_tie"]
-    writer = csv.DictWriter(output, names)
-    writer.writeheader()
-    for row in reader:
-        writer.writerow(row | labels[row["id"]])
+from pref_jax.data.simulate import write_labelled_test
+
+write_labelled_test(pathlib.Path(sys.argv[1]))
 PYTHON
   echo "$settings" >"$arena/settings"
 fi

@@ -205,6 +205,23 @@ def simulate(rows: int, test_rows: int, seed: int, output: str | os.PathLike[str
         write_durably(folder / name, text.getvalue().encode())
 
 
+def write_labelled_test(folder: Path) -> None:
+    """Writes ``test_labelled.csv``: the rows of an arena's ``test.csv`` with their labels.
+
+    ``launch/evaluate.py`` reads both from one file.
+    """
+    csv.field_size_limit(2**31 - 1)
+    with open(folder / "test_labels.csv", encoding="utf-8", newline="") as file:
+        labels = {row["id"]: row for row in csv.DictReader(file)}
+    with open(folder / "test.csv", encoding="utf-8", newline="") as file:
+        rows = [row | labels[row["id"]] for row in csv.DictReader(file)]
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_durably(folder / "test_labelled.csv", text.getvalue().encode())
+
+
 def _is_truth(path: Path) -> bool:
     try:
         return "bayes_log_loss" in json.loads(path.read_bytes())

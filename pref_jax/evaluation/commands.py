@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -131,12 +132,7 @@ def evaluate(
     probabilities = round_probabilities(score(run, comparisons, swap_average=swap_average))
     baselines = Baselines.load(run.workdir / "baselines.json")
     result = Predictions.collect(comparisons, probabilities).evaluate(baselines)
-    if not hosts.is_leader():
-        return result
-    print_evaluation(result)
-    if output is not None:
-        write_json(Path(output), result)
-        print(f"written: {output}")
+    _show(result, print_evaluation, output)
     return result
 
 
@@ -160,13 +156,20 @@ def _evaluate_ratings(
         baselines=RatingBaselines.load(run.workdir / "baselines.json"),
         words=count_response_words(comparisons)[rated],
     )
+    _show(result, print_ratings, output)
+    return result
+
+
+def _show(
+    result: dict[str, Any], print_table: Callable[[dict[str, Any]], None], output: str | None
+) -> None:
+    """Prints a result on the leader, and writes it where asked."""
     if not hosts.is_leader():
-        return result
-    print_ratings(result)
+        return
+    print_table(result)
     if output is not None:
         write_json(Path(output), result)
         print(f"written: {output}")
-    return result
 
 
 def write_ratings(path: Path, run: Run, comparisons: Comparisons, ratings: np.ndarray) -> None:
@@ -226,22 +229,15 @@ def print_ratings(result: dict[str, Any]) -> None:
         print(f"{f'  {name} baseline':<34}{part['log_loss']:.4f}")
     print(f"{'accuracy':<34}{result['accuracy']:.4f}")
     print(f"{'property':<34}macro F1  kappa  majority  length  ratings")
-    rows = {**result["properties"]}
-    for name, part in rows.items():
+    properties = {f"  {name}": part for name, part in result["properties"].items()}
+    for name, part in {**properties, "mean": result}.items():
         kappa = part["quadratic_kappa"]
         print(
-            f"{f'  {name}':<34}{part['macro_f1']:8.3f}"
+            f"{name:<34}{part['macro_f1']:8.3f}"
             f"{'      -' if kappa is None else f'{kappa:7.3f}'}"
             f"{part['baselines']['majority']['macro_f1']:10.3f}"
             f"{part['baselines']['length']['macro_f1']:8.3f}{part['ratings']:9d}"
         )
-    kappa = result["quadratic_kappa"]
-    print(
-        f"{'mean':<34}{result['macro_f1']:8.3f}"
-        f"{'      -' if kappa is None else f'{kappa:7.3f}'}"
-        f"{result['baselines']['majority']['macro_f1']:10.3f}"
-        f"{result['baselines']['length']['macro_f1']:8.3f}{result['ratings']:9d}"
-    )
 
 
 def print_evaluation(result: dict[str, Any]) -> None:

@@ -33,6 +33,8 @@ TITLES = {
 # Rows that are simulated where no data is named: to train on and to test.
 SIMULATED_ROWS = {"tiny": (640, 400), "minilm": (1500, 500), "paper": (57_477, 5_000)}
 DATA = "data"
+# Of a test.
+PREDICTIONS, EVALUATION = "predictions.csv", "evaluation.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,6 @@ class Part:
       needs: names of other parts.
       settings: what it is made from, as JSON has it; a config in the case of a run.
       config: of a run; paths are filled in when it starts.
-      model: of a run or a test, the model's key in `Model`.
     """
 
     name: str
@@ -54,7 +55,6 @@ class Part:
     needs: tuple[str, ...]
     settings: Mapping[str, Any]
     config: ConfigDict | None = None
-    model: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,10 +141,9 @@ def make_parts(
             if model.annotated:
                 needs = (DATA, f"seed{seed}/multitask_{model.backbone}")
             config = _preference_config(scale, model)
-            part = _make_run(name, "train", needs, config, seed, changes, used)
-            parts[name] = dataclasses.replace(part, model=model.key)
+            parts[name] = _make_run(name, "train", needs, config, seed, changes, used)
             tested = f"test/{name}"
-            parts[tested] = Part(tested, "test", (DATA, name), {}, model=model.key)
+            parts[tested] = Part(tested, "test", (DATA, name), {})
     for change in changes:
         if change not in used:
             raise InputError(

@@ -17,7 +17,7 @@ from pref_jax.evaluation.runs import read_runs
 from pref_jax.evaluation.submission import quote_cell
 from pref_jax.files import make_output_folder, plain, read_json, write_durably, write_json
 from pref_jax.study.claims import judge, make_claims
-from pref_jax.study.plan import DATA, Model
+from pref_jax.study.plan import DATA, EVALUATION, PREDICTIONS, Model
 
 REPORT = "report"
 _GOAL = 1.0  # log loss: what the paper set out to reach
@@ -88,7 +88,7 @@ def _read_losses(
     for model in models:
         found = []
         for seed in range(seeds):
-            path = folder / "test" / f"seed{seed}" / model.key / "predictions.csv"
+            path = folder / "test" / f"seed{seed}" / model.key / PREDICTIONS
             predictions = Predictions.read(path)
             first = first or predictions
             if predictions.ids != first.ids:
@@ -102,8 +102,11 @@ def _read_losses(
 
 
 def _describe(folder: Path, model: Model, losses: np.ndarray, seeds: int) -> dict[str, Any]:
-    path = folder / "test" / "seed0" / model.key / "evaluation.json"
-    evaluation = read_json(path, "run the study again")
+    evaluations = [
+        read_json(folder / "test" / f"seed{seed}" / model.key / EVALUATION, "run the study again")
+        for seed in range(seeds)
+    ]
+    parameters = evaluations[0]["parameters"]
     by_seed = losses.mean(axis=1)
     low, high = np.percentile(bootstrap_mean(losses.mean(axis=0)), [2.5, 97.5])
     return {
@@ -113,19 +116,9 @@ def _describe(folder: Path, model: Model, losses: np.ndarray, seeds: int) -> dic
         "log_loss_ci95": [float(low), float(high)],
         "by_seed": [float(loss) for loss in by_seed],
         "deviation": float(by_seed.std(ddof=1)) if seeds > 1 else None,
-        "accuracy": float(
-            np.mean(
-                [
-                    read_json(
-                        folder / "test" / f"seed{seed}" / model.key / "evaluation.json",
-                        "run the study again",
-                    )["accuracy"]
-                    for seed in range(seeds)
-                ]
-            )
-        ),
-        "parameters": int(evaluation["parameters"]["total"]),
-        "trainable": int(evaluation["parameters"]["trainable"]),
+        "accuracy": float(np.mean([evaluation["accuracy"] for evaluation in evaluations])),
+        "parameters": int(parameters["total"]),
+        "trainable": int(parameters["trainable"]),
     }
 
 

@@ -1,10 +1,8 @@
 """``launch/reproduce.py``: makes the parts of the study that are not there yet, then its report."""
 
 import contextlib
-import csv
 import fcntl
 import hashlib
-import io
 import json
 import logging
 import os
@@ -15,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from pref_jax.errors import InputError, RunError
-from pref_jax.files import make_output_folder, read_json, write_durably, write_json
+from pref_jax.files import make_output_folder, read_json, write_json
 from pref_jax.study.plan import (
     DATA,
+    EVALUATION,
+    PREDICTIONS,
     SIMULATED_ROWS,
     Part,
     Sources,
@@ -29,7 +29,6 @@ from pref_jax.study.plan import (
 logger = logging.getLogger(__name__)
 
 _STUDY_FILE = "study.json"
-PREDICTIONS, EVALUATION = "predictions.csv", "evaluation.json"
 
 
 def find_sources(
@@ -205,18 +204,10 @@ def _make_data(folder: Path, sources: Sources) -> None:
         files = {**data_files(folder.parent, sources), "properties": sources.properties}
         write_json(folder / "sources.json", {"files": files, "content": sources.digests})
         return
-    from pref_jax.data.simulate import simulate
+    from pref_jax.data.simulate import simulate, write_labelled_test
 
     simulate(*sources.rows, 0, folder)
-    with open(folder / "test_labels.csv", newline="", encoding="utf-8") as file:
-        labels = {row["id"]: row for row in csv.DictReader(file)}
-    with open(folder / "test.csv", newline="", encoding="utf-8") as file:
-        rows = [{**row, **labels[row["id"]]} for row in csv.DictReader(file)]
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_durably(folder / "test_labelled.csv", text.getvalue().encode())
+    write_labelled_test(folder)
 
 
 def _train(folder: Path, part: Part, sources: Sources) -> None:

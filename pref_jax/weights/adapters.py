@@ -19,7 +19,7 @@ from pref_jax.weights.export import (
     write_folder,
 )
 from pref_jax.weights.files import INDEX, SINGLE, read_json
-from pref_jax.weights.llama import first_layers, key_of
+from pref_jax.weights.llama import first_layers, group_kernels, key_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -184,12 +184,7 @@ def _merged(
     yield "model.embed_tokens.weight", _checked("embedding", decoder["embed_tokens"]["embedding"])
     for name, first in first_layers(decoder).items():
         layers = names.flatten(decoder[name])
-        kernels: dict[names.Path, Any] = {}
-        for path, leaf in layers.items():
-            if "kernel" in path[:-1]:
-                kernels.setdefault(path[:-1], {})[path[-1]] = leaf
-            else:
-                kernels[path] = leaf
+        kernels = group_kernels(layers)
         for layer in range(next(iter(layers.values())).shape[0]):
             for path, stack in kernels.items():
                 weights = jax.tree.map(lambda leaf, at=layer: leaf[at], stack)

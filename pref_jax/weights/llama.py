@@ -151,6 +151,17 @@ def first_layers(decoder: Mapping[str, Any]) -> dict[str, int]:
     return firsts
 
 
+def group_kernels(leaves: Mapping[names.Path, Any]) -> dict[names.Path, Any]:
+    """The same, the arrays of each quantised kernel as one dict under the kernel's path."""
+    grouped: dict[names.Path, Any] = {}
+    for path, leaf in leaves.items():
+        if "kernel" in path[:-1]:
+            grouped.setdefault(path[:-1], {})[path[-1]] = leaf
+        else:
+            grouped[path] = leaf
+    return grouped
+
+
 def key_of(path: names.Path, layer: int | None = None) -> str:
     """The key that holds the parameter at ``path`` below ``decoder``, of one layer where stacked.
 
@@ -205,12 +216,7 @@ def load_decoder(source: Path, abstract: Mapping[str, Any], quantization: str) -
     """
 
     leaves = names.flatten(abstract)
-    targets: dict[names.Path, Any] = {}
-    for path, leaf in leaves.items():
-        if "kernel" in path[:-1]:  # the arrays of a quantised kernel
-            targets.setdefault(path[:-1], {})[path[-1]] = leaf
-        else:
-            targets[path] = leaf
+    targets = group_kernels(leaves)
     firsts = first_layers(abstract)
     with open_decoder(source) as tensors:
         _check(source, tensors, targets, firsts)
