@@ -95,7 +95,9 @@ def pack_all(samples: Samples, geometry: Geometry) -> Update:
             write_unit(packed, (place, 0), at, unit, samples)
         buckets.append(packed)
         counts.append(len(mine))
-    return Update(tuple(buckets), np.array(counts, np.int32), np.float32(len(numbers)))
+    return Update(
+        tuple(buckets), np.array(counts, np.int32), np.float32(len(numbers)), np.uint32(0)
+    )
 
 
 def abstract_tree(model: nn.Module, sides: int, mesh: Mesh) -> Any:
@@ -168,7 +170,7 @@ class Trainer:
             scalar_sharding=meshes.replicated(self.mesh),
         )
         self.traces = 0
-        step = make_train_step(model, self.optimizer, schedule, seed=seed, clip_norm=1.0)
+        step = make_train_step(model, self.optimizer, schedule, clip_norm=1.0)
 
         def counted(*arguments: Any) -> Any:
             self.traces += 1

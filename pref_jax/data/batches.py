@@ -244,12 +244,14 @@ class Update(NamedTuple, Generic[Array]):
     """One optimizer update: per bucket length the packed microbatches ``[K, B, ...]``.
 
     ``num_microbatches`` ``[buckets]`` says how many of each bucket's K are in use,
-    ``total_weight`` is the sum of all rows' weights.
+    ``total_weight`` is the sum of all rows' weights. ``seed``, uint32, is what dropout is drawn
+    from; as data and not part of the program, so that runs of several seeds compile once.
     """
 
     buckets: tuple[Packed[Array], ...]
     num_microbatches: Array
     total_weight: Array
+    seed: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,7 +334,12 @@ class BatchPlan:
             -(-number // packed.unit_ids.shape[1])
             for number, packed in zip(used, buckets, strict=True)
         ]
-        return Update(buckets, np.array(counts, np.int32), np.array(len(numbers), np.float32))
+        return Update(
+            buckets,
+            np.array(counts, np.int32),
+            np.array(len(numbers), np.float32),
+            np.array(self.seed, np.uint32),
+        )
 
 
 def update_shapes(
@@ -379,7 +386,12 @@ def prediction_batches(
                 read = held is None or at[1] in held[bucket]
                 write_unit(packed, at, number, unit, samples, read=read)
             buckets.append(packed)
-        return Update(tuple(buckets), np.array(counts, np.int32), np.array(1.0, np.float32))
+        return Update(
+            tuple(buckets),
+            np.array(counts, np.int32),
+            np.array(1.0, np.float32),
+            np.array(0, np.uint32),  # no dropout here
+        )
 
     window = 4096
     for start in range(0, len(numbers), window):

@@ -120,11 +120,7 @@ def place_update(update: Update[np.ndarray], mesh: Mesh) -> Update[jax.Array]:
     """Puts a packed update onto the devices, units cut over the batch axes."""
     units, scalar = meshes.batch_sharding(mesh, 1), meshes.replicated(mesh)
     buckets = jax.tree.map(lambda array: meshes.place(array, units), update.buckets)
-    return Update(
-        buckets,
-        meshes.place(np.asarray(update.num_microbatches), scalar),
-        meshes.place(np.asarray(update.total_weight), scalar),
-    )
+    return Update(buckets, *(meshes.place(np.asarray(value), scalar) for value in update[1:]))
 
 
 def to_probabilities(

@@ -45,8 +45,8 @@ class Part:
       name: path below the study's folder.
       kind: "data", "rate" (a multi-task run), "train" (a run that learns preferences) or "test"
         (such a run's answers on the test rows).
-      needs: names of other parts.
-      settings: what it is made from, as JSON has it; a config in the case of a run.
+      needs: names of the runs that it starts from.
+      settings: what else it is made from, as JSON has it: config and content of the data it reads.
       config: of a run; paths are filled in when it starts.
     """
 
@@ -91,6 +91,12 @@ class Sources:
     digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
     rows: tuple[int, int] = (0, 0)
 
+    def identity(self, *names: str) -> dict[str, Any]:
+        """What the content of the named sources follows from; of all where none is named."""
+        if self.train is None:
+            return {"rows": list(self.rows)}  # simulated together
+        return {name: digest for name, digest in self.digests.items() if name in names or not names}
+
 
 def make_models(scale: str) -> list[Model]:
     """The models of a scale: the paper's nine, or four of one backbone."""
@@ -126,24 +132,22 @@ def make_parts(
     Raises:
       InputError: a change that fits no run, or whose field or value is wrong.
     """
-    made = {"rows": list(sources.rows)} if sources.train is None else dict(sources.digests)
-    parts = {DATA: Part(DATA, "data", (), {"made_of": made})}
+    parts = {DATA: Part(DATA, "data", (), {"made_of": sources.identity()})}
     used: set[str] = set()
     for seed in range(seeds):
         backbones = dict.fromkeys(model.backbone for model in make_models(scale))
         for backbone in (name for name in backbones if name != "llama"):
             name = f"seed{seed}/multitask_{backbone}"
             config = _rating_config(scale, backbone)
-            parts[name] = _make_run(name, "rate", (DATA,), config, seed, changes, used)
+            read = sources.identity("train", "annotations", "properties")
+            parts[name] = _make_run(name, "rate", (), config, read, seed, changes, used)
         for model in make_models(scale):
             name = f"seed{seed}/{model.key}"
-            needs: tuple[str, ...] = (DATA,)
-            if model.annotated:
-                needs = (DATA, f"seed{seed}/multitask_{model.backbone}")
-            config = _preference_config(scale, model)
-            parts[name] = _make_run(name, "train", needs, config, seed, changes, used)
+            needs = (f"seed{seed}/multitask_{model.backbone}",) if model.annotated else ()
+            config, read = _preference_config(scale, model), sources.identity("train")
+            parts[name] = _make_run(name, "train", needs, config, read, seed, changes, used)
             tested = f"test/{name}"
-            parts[tested] = Part(tested, "test", (DATA, name), {})
+            parts[tested] = Part(tested, "test", (name,), {"data": sources.identity("test")})
     for change in changes:
         if change not in used:
             raise InputError(
@@ -170,6 +174,7 @@ def _make_run(
     kind: str,
     needs: tuple[str, ...],
     config: ConfigDict,
+    read: Mapping[str, Any],
     seed: int,
     changes: Sequence[str],
     used: set[str],
@@ -187,7 +192,7 @@ def _make_run(
     settings = plain(config.to_dict())
     for field in ("logging", "mesh"):  # these change no result
         settings.pop(field)
-    return Part(name, kind, needs, settings, config)
+    return Part(name, kind, needs, {"config": settings, "data": read}, config)
 
 
 def _rating_config(scale: str, backbone: str) -> ConfigDict:

@@ -222,8 +222,7 @@ def _train(folder: Path, part: Part, sources: Sources) -> None:
             config.data.annotations = files["annotations"]
             config.data.properties = sources.properties
         for name in part.needs:
-            if name != DATA:
-                config.model.init_from = str(folder / name)
+            config.model.init_from = str(folder / name)
     with Workdir(folder / part.name) as run:
         result = train(config, run, time.monotonic())
     if "valid" not in result:
@@ -242,7 +241,7 @@ def _test(folder: Path, part: Part) -> None:
     from pref_jax.evaluation.predictions import Predictions
     from pref_jax.experiment import load_run
 
-    run = load_run(folder / part.needs[1])
+    run = load_run(folder / part.needs[0])
     comparisons = read_comparisons(_test_file(folder), labelled=True)
     predictions = Predictions.collect(comparisons, score(run, comparisons))
     output = folder / part.name

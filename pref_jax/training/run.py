@@ -80,7 +80,6 @@ class CompiledStep:
             experiment.model,
             self.optimizer,
             self.schedule,
-            seed=config.seed,
             clip_norm=train.clip_norm,
             task=experiment.task,
         )

@@ -56,7 +56,7 @@ def _microbatch(packed: Packed, number: jax.Array | int) -> Packed:
 
 
 def make_gradient(
-    model: nn.Module, seed: int, task: Task = preference_task
+    model: nn.Module, task: Task = preference_task
 ) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
     """Makes the function that sums loss and gradient over an update's microbatches.
 
@@ -82,7 +82,7 @@ def make_gradient(
         def loss_of(
             rest: Any, words: jax.Array | None, packed: Packed
         ) -> tuple[jax.Array, dict[str, jax.Array]]:
-            seeds = unit_seeds(jnp.uint32(seed), step, packed.unit_ids)
+            seeds = unit_seeds(update.seed, step, packed.unit_ids)
             params = merge_parameters(traverse_util.unflatten_dict(rest), frozen)
             logits = apply_model(model, params, packed, seeds, words)
             losses, correct = task(logits, packed)
@@ -132,7 +132,6 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: Schedule,
     *,
-    seed: int,
     clip_norm: float,
     task: Task = preference_task,
 ) -> TrainStep:
@@ -144,7 +143,7 @@ def make_train_step(
       ``step(state, frozen, update) -> (state, metrics)`` with scalars ``loss``, ``accuracy``,
       ``learning_rate``, ``gradient_norm`` (before clipping) and with a loss scale ``loss_scale``.
     """
-    gradient = make_gradient(model, seed, task)
+    gradient = make_gradient(model, task)
 
     def step(
         state: TrainState, frozen: Any, update: Update
@@ -217,4 +216,5 @@ def abstract_update(
         buckets,
         jax.ShapeDtypeStruct((len(buckets),), np.int32, sharding=scalar),
         jax.ShapeDtypeStruct((), np.float32, sharding=scalar),
+        jax.ShapeDtypeStruct((), np.uint32, sharding=scalar),
     )

@@ -203,7 +203,7 @@ def test_logits_and_gradients_equal_peft(rope: str, tmp_path: Path) -> None:
     loss.backward()
     trainable, frozen = split_parameters(params, is_adapter)
     update = pack_all(samples, make_geometry(LONGEST, 1, packing=True))
-    gradients, sums = jax.jit(make_gradient(ours, seed=0))(
+    gradients, sums = jax.jit(make_gradient(ours))(
         trainable, frozen, update, jnp.int32(0), jnp.float32(1.0)
     )
     assert abs(float(sums["loss"]) - float(loss)) < 1e-5
@@ -230,7 +230,7 @@ def test_gradients_stop_at_frozen_layers(tmp_path: Path) -> None:
         logits = score(ours, params, rows)
         np.testing.assert_allclose(logits, expected.detach().numpy(), atol=1e-4)
         trainable, frozen = split_parameters(params, trainable_above(frozen_layers))
-        gradients, _ = jax.jit(make_gradient(ours, seed=0))(
+        gradients, _ = jax.jit(make_gradient(ours))(
             trainable, frozen, update, jnp.int32(0), jnp.float32(1.0)
         )
         found = traverse_util.flatten_dict(gradients["decoder"])
@@ -365,9 +365,7 @@ def test_gradients_over_a_quantised_base_are_those_over_its_values(
     for model, tree in ((quantised, params), (plain, restored)):
         trainable, frozen = split_parameters(tree, is_adapter)
         results.append(
-            jax.jit(make_gradient(model, seed=0))(
-                trainable, frozen, update, jnp.int32(0), jnp.float32(1.0)
-            )
+            jax.jit(make_gradient(model))(trainable, frozen, update, jnp.int32(0), jnp.float32(1.0))
         )
     (ours, sums), (wanted, wanted_sums) = results
     assert abs(float(sums["loss"]) - float(wanted_sums["loss"])) < 1e-5
@@ -385,10 +383,10 @@ def test_remat_recomputes_and_changes_nothing(remat: str) -> None:
 
     trainable, frozen = split_parameters(make_params(models[0], 1), is_adapter)
     arguments = (trainable, frozen, update, np.int32(0), np.float32(1))
-    results = [jax.jit(make_gradient(model, 0))(*arguments)[0] for model in models]
+    results = [jax.jit(make_gradient(model))(*arguments)[0] for model in models]
     for ours, wanted in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(ours, wanted, rtol=1e-4, atol=1e-6)
-    texts = [str(jax.make_jaxpr(make_gradient(model, 0))(*arguments)) for model in models]
+    texts = [str(jax.make_jaxpr(make_gradient(model))(*arguments)) for model in models]
     assert texts[1].count(" exp ") > texts[0].count(" exp ")  # the softmax once more
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from pref_jax.errors import InputError, RunError
 from pref_jax.study import report, run
-from pref_jax.study.plan import Part, Sources, fingerprint, make_parts
+from pref_jax.study.plan import Part, Sources, make_parts
 
 SOURCES = Sources(rows=(100, 50))
 Study = Callable[..., list[str]]
@@ -96,17 +96,24 @@ def test_what_changes_no_result_reruns_nothing(study: Study) -> None:
     assert study("*:mesh.data=1", "*:logging.every_steps=7") == []
 
 
-def test_a_fingerprint_is_of_the_content_of_the_files() -> None:
+@pytest.mark.parametrize(
+    ("changed", "again"),
+    [
+        (None, ()),
+        ("train", ("data", "seed0", "test")),
+        ("test", ("data", "test")),
+        ("annotations", ("data", "multitask", "annotated")),
+        ("properties", ("data", "multitask", "annotated")),
+    ],
+)
+def test_other_files_rerun_what_reads_their_content(
+    study: Study, changed: str | None, again: tuple[str, ...]
+) -> None:
     digests = {"train": "1", "test": "2", "annotations": "3", "properties": "4"}
-    here = Sources("a.csv", "b.csv", "c.jsonl", None, digests)
-    there = Sources("x/a.csv", "x/b.csv", "x/c.jsonl", None, digests)
-    other = Sources("a.csv", "b.csv", "c.jsonl", None, {**digests, "test": "5"})
-    prints = []
-    for sources in (here, there, other):
-        parts = make_parts("minilm", sources, 1)
-        prints.append([fingerprint(part, parts) for part in parts.values()])
-    assert prints[0] == prints[1]
-    assert not set(prints[0]) & set(prints[2])
+    everything = study(scale="minilm", sources=Sources("a.csv", "b.csv", "c", None, digests))
+    moved = {**digests, **({changed: "5"} if changed else {})}
+    made = study(scale="minilm", sources=Sources("x/a.csv", "x/b.csv", "x/c", None, moved))
+    assert set(made) == names(everything, *again)
 
 
 def test_wrong_use_is_one_line(study: Study, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_packing_changes_nothing(sides: int) -> None:
     results = []
     for packing in (True, False):
         update = pack_all(samples, make_geometry(32, sides, packing=packing))
-        gradients, sums = jax.jit(make_gradient(model, 0))(
+        gradients, sums = jax.jit(make_gradient(model))(
             params, {}, update, np.int32(0), np.float32(1)
         )
         logits = np.zeros((samples.num_rows, 3))
@@ -168,7 +168,7 @@ def test_remat_recomputes_and_changes_nothing(reference, remat: str) -> None:
 
     def exponentials(model: PreferenceClassifier) -> int:
         """Softmax is in the forward pass alone, so another one is a layer computed again."""
-        return str(jax.make_jaxpr(make_gradient(model, 0))(*arguments)).count(" exp ")
+        return str(jax.make_jaxpr(make_gradient(model))(*arguments)).count(" exp ")
 
     assert exponentials(model) > exponentials(PreferenceClassifier(tiny_config()))
 
@@ -197,3 +197,17 @@ def test_low_precision_stays_near_float32(dtype: str, attention: str) -> None:
         difference = np.abs(np.asarray(a)[filled] - np.asarray(b)[filled])
         assert difference.max() < (0.06 if dtype == "bfloat16" else 0.01)
         assert difference.max() > 0  # it really computes in another precision
+
+
+def test_another_seed_runs_the_program_that_is_there() -> None:
+    model = PreferenceClassifier(tiny_config())
+    trainer = Trainer(model, make_samples(ROWS[1]), longest=32)
+    params = make_params(model, 1)
+    update = trainer.plan.update(0)
+    losses = []
+    for seed in (3, 4, 3):
+        placed = trainer.place(update._replace(seed=np.uint32(seed)))
+        _, metrics = trainer.step(trainer.start(params), trainer.frozen, placed)
+        losses.append(float(metrics["loss"]))
+    assert losses[0] == losses[2] != losses[1]
+    assert trainer.traces == 1
