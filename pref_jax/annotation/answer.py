@@ -5,6 +5,8 @@ tags. Objects are found by decoding from each brace on, so that braces, fences a
 texts, and prose around the object, do no harm. Nothing is repaired.
 """
 
+import bisect
+import collections
 import json
 import re
 from collections.abc import Iterator
@@ -14,7 +16,8 @@ from typing import Any
 from pref_jax.annotation.prompt import Prompt
 
 LONGEST_REASON = 200  # characters
-_LONGEST_ANSWER = 1_000_000
+_LONGEST_ANSWER = 200_000  # characters
+_MOST_ATTEMPTS = 5_000  # braces that begin no object
 _SIDES = {1: ("ratings",), 2: ("ratings_a", "ratings_b")}
 _TAGS = re.compile(r"<(/?)(reasoning|think|thinking)>", re.IGNORECASE)
 _STARTED = re.compile(r'\{\s*"(query|ratings|ratings_a)"\s*:')
@@ -55,13 +58,12 @@ def parse(text: str, prompt: Prompt) -> tuple[Rated, ...]:
     candidates = [
         (end, inner)
         for start, end, value in objects
-        if not any(first <= start < last for first, last in thoughts)
-        and (inner := _unwrap(value)) is not None
+        if not _is_inside(start, thoughts) and (inner := _unwrap(value)) is not None
     ]
     if not candidates:
         raise BadAnswerError("no JSON object" if not objects else "no JSON object of the form")
     end, answer = candidates[-1]
-    rest = _blank(text, [*thoughts, *((start, end) for start, end, _ in objects)])[end:]
+    rest = _blank(text, sorted([*thoughts, *((start, end) for start, end, _ in objects)]))[end:]
     if (cut := _STARTED.search(rest)) and any(
         f'"{name}"' in rest[cut.start() :] for name in prompt.properties.rating_names
     ):
@@ -87,7 +89,7 @@ class _Object(dict[str, Any]):
         self.repeated: str | None = None
         if len(self) < len(pairs):
             names = [name for name, _ in pairs]
-            self.repeated = next(name for name in names if names.count(name) > 1)
+            self.repeated = collections.Counter(names).most_common(1)[0][0]
         for _, value in pairs:
             if isinstance(value, _Object) and value.repeated is not None:
                 self.repeated = self.repeated or value.repeated
@@ -98,12 +100,14 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_Object)
 
 def _find_objects(text: str) -> Iterator[tuple[int, int, _Object]]:
     """Start, end and value of every JSON object that is not inside another one."""
-    start = text.find("{")
+    start, failed = text.find("{"), 0
     while start >= 0:
         try:
             value, end = _DECODER.raw_decode(text, start)
         except (ValueError, RecursionError):
-            end = start + 1
+            end, failed = start + 1, failed + 1
+            if failed > _MOST_ATTEMPTS:
+                raise BadAnswerError("broken JSON") from None
         else:
             yield start, end, value
         start = text.find("{", end)
@@ -117,8 +121,9 @@ def _find_thoughts(text: str, objects: list[tuple[int, int, _Object]]) -> Iterat
     """
     opened: int | None = None
     closed = 0
+    spans = [(start, end) for start, end, _ in objects]
     for tag in _TAGS.finditer(text):
-        if any(start < tag.start() < end for start, end, _ in objects):
+        if _is_inside(tag.start(), spans):
             continue
         if not tag[1]:
             opened = tag.start() if opened is None else opened
@@ -209,10 +214,19 @@ def _read_drafts(
     return drafts
 
 
+def _is_inside(place: int, spans: list[tuple[int, int]]) -> bool:
+    """Whether a character is in one of some spans, which are in order and do not overlap."""
+    before = bisect.bisect_right(spans, place, key=lambda span: span[0])
+    return before > 0 and place < spans[before - 1][1]
+
+
 def _blank(text: str, spans: list[tuple[int, int]]) -> str:
+    """The text with spaces for the spans, which are in order and may overlap."""
+    pieces, done = [], 0
     for start, end in spans:
-        text = f"{text[:start]}{' ' * (end - start)}{text[end:]}"
-    return text
+        pieces += [text[done:start], " " * (end - max(start, done))]
+        done = max(done, end)
+    return "".join([*pieces, text[done:]])
 
 
 def _shorten(text: str) -> str:

@@ -22,6 +22,7 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 _CONNECT_SECONDS = 10.0
 _SHORTEST_SECRET = 8  # characters: "none" or "EMPTY" is no secret, and is a word in answers
 _LONGEST_MESSAGE = 200
+_LONGEST_RESPONSE = 8_000_000  # bytes
 
 
 class TransientError(Exception):
@@ -151,7 +152,12 @@ class Client:
                 self._url, data=payload.encode(), allow_redirects=False
             ) as response:
                 status, headers = response.status, response.headers
-                content = await response.read()
+                received = bytearray()
+                async for chunk in response.content.iter_any():
+                    received += chunk
+                    if len(received) > _LONGEST_RESPONSE:
+                        raise TransientError("broken response: too long")
+                content = bytes(received)
         except TimeoutError as error:
             unheard = isinstance(error, aiohttp.ConnectionTimeoutError)
             raise TransientError("time-out", reached=not unheard, listening=not unheard) from None

@@ -375,6 +375,12 @@ def test_no_answer_is_waited_for_too_long(six: Path, tmp_path: Path) -> None:
         one_line(annotate(judge, six, tmp_path / "A.jsonl", *options), 1, "time-out")
 
 
+def test_an_answer_without_end_is_not_read_to_its_end(six: Path, tmp_path: Path) -> None:
+    with Judge(lambda body, times: "x" * 9_000_000) as judge:
+        outcome = annotate(judge, six, tmp_path / "A.jsonl", "--attempts=1", "--rows=1")
+        one_line(outcome, 1, "broken response: too long")
+
+
 def test_retry_after_is_seconds_or_a_date() -> None:
     soon = email.utils.format_datetime(
         datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=100), usegmt=True

@@ -1,5 +1,6 @@
 """What a judge wrote becomes the ratings it gave, or a reason; never other ratings."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from typing import Any
@@ -189,3 +190,32 @@ def test_a_set_without_flags_and_with_another_scale() -> None:
     assert parse('{"ratings": {"short": {"reason": "", "rating": 1}}}', prompt)[0].query == {}
     assert reject('{"ratings": {"short": 2}}', prompt) == "out of range: short 2"
     assert fill(prompt.template, lambda name, size: 1)["ratings"]["short"]["rating"] == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{" * 150_000,
+        "{}" * 80_000,
+        '{"a":' * 30_000,
+        '{"a":1,' * 20_000,
+        '{"a":{}}</think>' * 10_000,
+        "<think>{}</think>" * 10_000,
+        '{"a":1,"b":[{},{},{}' + ",{}" * 60_000,
+        "{" + ",".join(f'"k{number}":1' for number in range(15_000)) + ',"k1":1}',
+        '{"ratings":' * 10_000 + "1" + "}" * 10_000,
+    ],
+    ids=lambda text: text[:12],
+)
+def test_what_is_made_to_be_slow_to_read_is_rejected_soon(text: str) -> None:
+    for prompt in (INLINE, TAGGED, BOTH):
+        assert reject(text, prompt) in (
+            "no JSON object",
+            "no JSON object of the form",
+            "broken JSON",
+        )
+    # Around an answer the same text costs no more than itself.
+    if "</think>" not in text:
+        wrapped = f"<think>{text}</think>{json.dumps(good())}"
+        with contextlib.suppress(BadAnswerError):
+            assert parse(wrapped, INLINE)[0].ratings == TWOS
