@@ -184,6 +184,9 @@ def _settle_in(log: str, environment: dict[str, str]) -> None:
         os.dup2(file, stream)
     # JAX reads these when it makes its first array, not when it is imported.
     os.environ.update(environment)
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)  # see tests/end_to_end/conftest.py
 
 
 def _run_script(log: str, environment: dict[str, str], name: str, arguments: list[str]) -> None:

@@ -17,6 +17,23 @@ def features_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_soon() -> Iterator[None]:
+    """Tiny models run a few updates: here a fast compiler is worth more than a fast program.
+
+    What is compared with other programs and other machines, in the other folders, is compiled as
+    for users.
+    """
+    import jax
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # processes of their own
+        before = jax.config.read("jax_disable_most_optimizations")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="session")
 def arena(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with 300 simulated rows to train on and 60 to answer."""
