@@ -120,6 +120,12 @@ def find_backbone(config: ConfigDict, texts: "Comparisons") -> Backbone:
                 f"{workdir} is a run of a decoder",
                 "start from its base with --config.model.pretrained, or name a run of an encoder",
             )
+        if section.family not in (None, architecture.family):
+            raise InputError(
+                "--config.model.init_from",
+                f"{workdir} is a run of a {architecture.family}, model.family is {section.family}",
+                "name a run of that family, or leave model.family out",
+            )
         digest = _run_digest(workdir)
         base = {"kind": "run", "source": str(section.init_from), "digest": digest}
         return Backbone(_with_dropout(architecture, config), workdir / _TOKENIZER_FOLDER, base)

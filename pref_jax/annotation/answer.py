@@ -22,6 +22,8 @@ _SIDES = {1: ("ratings",), 2: ("ratings_a", "ratings_b")}
 _TAGS = re.compile(r"<(/?)(reasoning|think|thinking)>", re.IGNORECASE)
 _STARTED = re.compile(r'\{\s*"(query|ratings|ratings_a)"\s*:')
 _WORDS = 40  # of a wrong name, shown
+_COPIED = 200  # characters of the instructions
+_TELLING = 8  # ratings that are equal by chance once in 4 ** 8 answers
 
 
 class BadAnswerError(Exception):
@@ -68,7 +70,7 @@ def parse(text: str, prompt: Prompt) -> tuple[Rated, ...]:
         f'"{name}"' in rest[cut.start() :] for name in prompt.properties.rating_names
     ):
         raise BadAnswerError("broken JSON")  # a later version of the answer was begun
-    if answer in (prompt.template, *prompt.examples):
+    if answer == prompt.template or _is_echo(text, answer, prompt):
         raise BadAnswerError("echoed prompt")
     return _check(answer, prompt, _read_drafts(text, thoughts, prompt))
 
@@ -96,6 +98,14 @@ class _Object(dict[str, Any]):
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_Object)
+
+
+def _is_echo(text: str, answer: _Object, prompt: Prompt) -> bool:
+    """Whether an example was copied, and not rated alike by chance, as few properties are."""
+    if answer not in prompt.examples:
+        return False
+    is_telling = prompt.inline or len(prompt.properties.ratings) >= _TELLING
+    return is_telling or prompt.instructions[:_COPIED] in text
 
 
 def _find_objects(text: str) -> Iterator[tuple[int, int, _Object]]:

@@ -71,6 +71,7 @@ class Budget:
         self._changed = asyncio.Condition()
         self._ratio = 0.0  # most tokens counted by the server per token estimated
         self._completion = 0  # longest answer so far
+        self._charged = 0.0  # dearest answer so far, where the server says so
 
     @contextlib.asynccontextmanager
     async def request(self, prompt: int, max_tokens: int) -> AsyncIterator[Usage]:
@@ -87,6 +88,7 @@ class Budget:
             prompt * (self._ratio or _UNSEEN),
             min(self._completion, max_tokens) if self._completion else max_tokens,
         )
+        likely = max(likely, self._charged)
         async with self._changed:
             while not self._fits(likely):
                 if not self._open:
@@ -107,10 +109,13 @@ class Budget:
             async with self._changed:
                 self._changed.notify_all()
 
-    def learn(self, estimated: int, prompt: int, completion: int) -> None:
-        """Takes the server's own count as the measure of further estimates."""
-        self._ratio = max(self._ratio, prompt / max(estimated, 1))
-        self._completion = max(self._completion, completion)
+    def learn(self, estimated: int, tokens: tuple[int, int] | None, charged: float | None) -> None:
+        """Takes what the server counts and charges as the measure of further estimates."""
+        if tokens is not None:
+            prompt, completion = tokens
+            self._ratio = max(self._ratio, prompt / max(estimated, 1))
+            self._completion = max(self._completion, completion)
+        self._charged = max(self._charged, charged or 0.0)
 
     def guess(self, prompt: int, answer: str | None = None) -> tuple[int, int]:
         """Tokens of a request that the server did not count, its answer perhaps lost."""

@@ -8,7 +8,9 @@ import email.utils
 import json
 import math
 import os
+import re
 import time
+import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +23,10 @@ from pref_jax.errors import InputError
 KEY_VARIABLE = "OPENAI_API_KEY"
 _CONNECT_SECONDS = 10.0
 _SHORTEST_SECRET = 8  # characters: "none" or "EMPTY" is no secret, and is a word in answers
+_STRIDE = 4  # characters of a key that may be shown of a part that was cut off
 _LONGEST_MESSAGE = 200
 _LONGEST_RESPONSE = 8_000_000  # bytes
+_MOST_COUNTED = 1e9  # tokens, or money, of one answer: more is a mistake of the server
 
 
 class TransientError(Exception):
@@ -99,6 +103,8 @@ class Client:
     def __init__(self, base_url: str, *, timeout: float, concurrency: int) -> None:
         self._url = _read_url(base_url)
         self._key = _read_key()
+        self._secret = _find_secret(self._key)
+        self._proxy = _find_proxy(self._url)
         self._timeout, self._concurrency = timeout, concurrency
         self._session: aiohttp.ClientSession | None = None
         self.last_heard = -math.inf  # time.monotonic() of the last response of any kind
@@ -126,8 +132,6 @@ class Client:
                 connector=aiohttp.TCPConnector(limit=self._concurrency),
                 # The total counts from sending to the last byte: a server that drips must end.
                 timeout=aiohttp.ClientTimeout(total=self._timeout, sock_connect=connect),
-                # A proxy of the surroundings does not know this machine.
-                trust_env=self._url.host not in ("localhost", "127.0.0.1", "::1"),
             )
         return self._session
 
@@ -149,7 +153,7 @@ class Client:
         """
         try:
             async with self._open().post(
-                self._url, data=payload.encode(), allow_redirects=False
+                self._url, data=payload.encode(), allow_redirects=False, proxy=self._proxy
             ) as response:
                 status, headers = response.status, response.headers
                 received = bytearray()
@@ -168,8 +172,8 @@ class Client:
             self.last_heard = time.monotonic()
             raise TransientError(f"broken connection: {type(error).__name__}") from None
         self.last_heard = time.monotonic()
-        if self._key and len(self._key) >= _SHORTEST_SECRET:
-            content = content.replace(self._key.encode(), b"[key]")
+        if self._secret is not None:
+            content = self._secret.sub(b"[key]", content)
         return _read_response(status, headers, content)
 
 
@@ -181,7 +185,13 @@ def _read_response(status: int, headers: Mapping[str, str], content: bytes) -> R
     if status == 200:
         if not isinstance(body, dict):
             raise TransientError("broken response: not a JSON object")
-        return _read_reply(body)
+        if not body.get("error"):
+            return _read_reply(body)
+        # Some hosts send errors of the model behind them as if all were well.
+        message, code = _read_error(body, content)
+        if not (code.isdecimal() and 400 <= int(code) <= 599):
+            raise TransientError(f"error: {message}")
+        status = int(code)
     message, code = _read_error(body, content)
     if status == 429 and code != "insufficient_quota":
         after = _read_retry_after(headers.get("Retry-After"))
@@ -209,9 +219,11 @@ def _read_reply(body: dict[str, Any]) -> Reply:
 def _read_usage(usage: Any) -> tuple[tuple[int, int] | None, float | None]:
     usage = usage if isinstance(usage, dict) else {}
     prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    counted = all(type(count) is int and count >= 0 for count in (prompt, completion))
+    counted = all(
+        type(count) is int and 0 <= count < _MOST_COUNTED for count in (prompt, completion)
+    )
     cost = usage.get("cost")  # some hosts say what they charge
-    charged = type(cost) in (int, float) and 0 <= cost < math.inf
+    charged = type(cost) in (int, float) and 0 <= cost < _MOST_COUNTED
     return (prompt, completion) if counted else None, float(cost) if charged else None
 
 
@@ -225,7 +237,7 @@ def _read_error(body: Any, content: bytes) -> tuple[str, str]:
 
 
 def _read_retry_after(value: str | None) -> float | None:
-    """Seconds in a Retry-After header, which holds a number or a date."""
+    """Seconds in a Retry-After header, a number or a date; None where it says nothing or "now"."""
     if value is None:
         return None
     try:
@@ -233,10 +245,10 @@ def _read_retry_after(value: str | None) -> float | None:
     except ValueError:
         try:
             date = email.utils.parsedate_to_datetime(value)
-        except ValueError:
+            seconds = date.timestamp() - time.time()
+        except (ValueError, OverflowError):
             return None
-        seconds = date.timestamp() - time.time()
-    return max(seconds, 0.0) if math.isfinite(seconds) else None
+    return seconds if 0.0 < seconds < math.inf else None
 
 
 def _read_url(base_url: str) -> URL:
@@ -253,6 +265,32 @@ def _read_url(base_url: str) -> URL:
         )
     path = url.path.rstrip("/").removesuffix("/chat/completions")
     return url.with_path(f"{path}/chat/completions", keep_query=True)
+
+
+def _find_proxy(url: URL) -> str | None:
+    """The proxy that the surroundings name; none of them knows this machine.
+
+    The session's own way of finding it would also take passwords from a file for other programs.
+    """
+    host = url.host or ""
+    if host in ("localhost", "127.0.0.1", "::1") or urllib.request.proxy_bypass(host):
+        return None
+    return urllib.request.getproxies().get(url.scheme)
+
+
+def _find_secret(key: str) -> re.Pattern[bytes] | None:
+    """Finds a key, or its beginning, in what a server sends, also as JSON and URLs escape it."""
+    if len(key) < _SHORTEST_SECRET:
+        return None
+    characters = [
+        rf"(?:\\*{re.escape(character)}|\\+u(?i:{ord(character):04x})|%(?i:{ord(character):02x}))"
+        for character in key
+    ]
+    start = max(_SHORTEST_SECRET, len(key) // 4)
+    pattern = "".join(characters[:start])
+    for at in range(start, len(characters), _STRIDE):
+        pattern += f"(?:{''.join(characters[at : at + _STRIDE])})?"
+    return re.compile(pattern.encode())
 
 
 def _read_key() -> str:

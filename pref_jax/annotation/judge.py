@@ -5,7 +5,7 @@ import contextlib
 import functools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,9 +25,12 @@ STRUCTURED = {
     "json_object": MODES[1:3],
     "none": MODES[3:],
 }
-_PROBES = 5  # questions that may go wrong before the server is given up
+PROBES = 5  # questions that may go wrong before the server is given up
 _LONGEST_WAIT = 60.0
+_TOLD_PAUSE = 10.0  # seconds
+_LONGEST_PAUSE = 3600.0  # seconds that a server may ask to wait while the run stays
 _TEMPERATURE_STEP = 0.3
+_MOST_LOST = 50  # questions in a row without any answer, before the server is given up
 
 
 class StoppedError(Exception):
@@ -79,6 +82,7 @@ class Judge:
       attempts: requests for one question, not counting those that a rate limit turned away (of
         these there may be twice as many).
       temperature, seed: of a first attempt; further ones raise both.
+      note: tells the user something on the way.
 
     Attributes:
       mode: a member of `MODES`; settled by `probe`.
@@ -96,7 +100,9 @@ class Judge:
         attempts: int,
         temperature: float,
         seed: int,
+        note: Callable[[str], None] = print,
     ) -> None:
+        self._note = note
         self._client, self._model, self._budget = client, model, budget
         self._prompts = prompts
         self._modes = tuple(modes)
@@ -104,6 +110,8 @@ class Judge:
         self._stop = asyncio.Event()
         self._without: set[str] = set()  # parameters that this server does not know
         self._answered = False
+        self._refused = 0  # questions since the last answer that the server would not hear
+        self._lost = 0  # questions since the last answer that were given up without one
         self.stop_reason = ""
         self.mode = self._modes[0]
 
@@ -120,32 +128,32 @@ class Judge:
     def stopped(self) -> bool:
         return self._stop.is_set()
 
-    async def probe(self, questions: Sequence[Question]) -> list[Outcome]:
+    async def probe(self, questions: Sequence[Question]) -> tuple[list[Outcome], RunError | None]:
         """Finds the form of answer that the server takes, by asking what is to be asked anyway.
 
         Args:
-          questions: in the order in which they are to be rated.
+          questions: in the order in which they are to be rated; at most `PROBES` are asked.
 
         Returns:
-          Outcomes of the first ones of them; the last is nearly always good.
+          Outcomes of the first ones of them, the last of which is nearly always good; and what is
+          wrong where none of them was answered.
 
         Raises:
-          InputError, RunError: no server, a wrong key, model or address, or nothing but refusals.
+          InputError, RunError: no server, a wrong key, model or address.
           StoppedError: the run ends.
         """
         outcomes = []
-        for question in questions[:_PROBES]:
+        for question in questions[:PROBES]:
             outcome, settled = await self._probe(question)
             outcomes.append(outcome)
             if settled:
-                return outcomes
-        if not self._answered:
-            raise RunError(
-                "--base_url",
-                f"the server answers nothing ({outcomes[-1].reason})" if outcomes else "?",
-                "look at its log",
-            )
-        return outcomes
+                return outcomes, None
+        if self._answered or not outcomes:
+            return outcomes, None
+        reason = outcomes[-1].reason
+        return outcomes, RunError(
+            "--base_url", f"the server answers nothing ({reason})", "look at its log"
+        )
 
     async def _probe(self, question: Question) -> tuple[Outcome, bool]:
         """What became of a question, and whether the form is settled by it."""
@@ -158,6 +166,8 @@ class Judge:
                 outcome = await self._rate(question, tries, None if single else before + 1)
             except RefusedError as error:
                 tries.reason = str(error)
+                if error.status == 403:
+                    break  # of its content, it seems: another form would not help
                 continue
             answered = tries.answers > before
             if outcome.rated or (answered and single):
@@ -182,10 +192,18 @@ class Judge:
         """
         tries = _Tries()
         try:
-            return await self._rate(question, tries)
+            outcome = await self._rate(question, tries)
         except RefusedError as error:
             tries.reason = str(error)
             return tries.give_up()
+        self._lost = 0 if tries.answers else self._lost + 1
+        if self._lost >= _MOST_LOST:
+            raise RunError(
+                "--base_url",
+                f"the server has stopped answering ({outcome.reason})",
+                "look at its log, then type the same command again to go on",
+            )
+        return outcome
 
     async def _rate(
         self, question: Question, tries: _Tries, most_answers: int | None = None
@@ -212,7 +230,11 @@ class Judge:
             if not tries.answers:
                 raise
         except RefusedError as error:
-            if error.ends_run:
+            self._refused += 1
+            # Some hosts say of a text that they will not read what others say of a key.
+            most = _MOST_LOST if self._answered else PROBES
+            of_content = error.status == 403 and self._refused < most
+            if error.ends_run and not of_content:
                 raise self._explain(error) from None
             raise
         except TransientError as error:
@@ -241,9 +263,10 @@ class Judge:
             tries.reason = str(error)
             tries.limited += error.limited
             if error.retry_after is not None:
-                self._client.pause(error.retry_after)
+                self._pause(error.retry_after)
             raise
         self._answered = True
+        self._refused = 0
         tries.answers += 1
         tries.raw = reply.text
         try:
@@ -255,6 +278,22 @@ class Judge:
             tries.reason = str(error)
             raise
         return Outcome(rated, "", reply.text, tries.usage)
+
+    def _pause(self, seconds: float) -> None:
+        """Nothing is sent for as long as the server asks.
+
+        Raises:
+          RunError: that is longer than anybody would sit and wait.
+        """
+        if seconds > _LONGEST_PAUSE:
+            raise RunError(
+                "--base_url",
+                f"the server asks to wait {seconds / 3600:,.1f} hours",
+                "type the same command again then",
+            )
+        if seconds >= _TOLD_PAUSE and self._client.pause_left < seconds / 2:
+            self._note(f"the server asks to wait {seconds:.0f} seconds")
+        self._client.pause(seconds)
 
     async def _send(self, prompt: Prompt, question: Question, tries: _Tries) -> Reply:
         """One request, paid for whatever comes of it."""
@@ -270,8 +309,7 @@ class Judge:
                     reply.tokens or self._budget.guess(likely, reply.text),
                     reply.charged,
                 )
-                if reply.tokens:
-                    self._budget.learn(likely, *reply.tokens)
+                self._budget.learn(likely, reply.tokens, reply.charged)
                 return reply
             except TransientError as error:
                 usage.attempts = int(not error.limited)

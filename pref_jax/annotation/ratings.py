@@ -13,6 +13,7 @@ from pref_jax.errors import InputError
 from pref_jax.files import unique_keys
 
 MISSING = -1
+_MOST = 1e15  # of what can be counted or paid
 SIDES = ("a", "b")
 
 
@@ -126,6 +127,30 @@ def parse_line(where: str, line: bytes) -> dict[str, Any]:
     if not isinstance(entry, dict):
         raise InputError(where, "is not a JSON object", "mend or remove the line")
     return entry
+
+
+def check_entry(where: str, entry: dict[str, Any], *, rated: bool) -> None:
+    """Checks a line of a file that the annotation goes on with: one whose entry is ``rated``, or
+    one of a failure.
+
+    Raises:
+      InputError: it was not written by the annotation, or was changed since.
+    """
+    identify(where, entry)
+    for name in ("ratings", "query", "tokens"):
+        if name not in entry and not (rated and name == "ratings"):
+            continue
+        part = entry.get(name)
+        if not isinstance(part, dict) or any(
+            value is not None and (type(value) is not int or value < 0) for value in part.values()
+        ):
+            raise InputError(
+                where, f"its {name} are not whole numbers by name", "mend or remove the line"
+            )
+    for name in ("attempts", "cost"):
+        value = entry.get(name, 0)
+        if type(value) not in (int, float) or not 0 <= value < _MOST:
+            raise InputError(where, f"its {name} is {value!r}", "mend or remove the line")
 
 
 def identify(where: str, entry: dict[str, Any]) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pref_jax.annotation.budget import Budget, Prices, Usage
 from pref_jax.annotation.client import Client
-from pref_jax.annotation.judge import STRUCTURED, Judge, Outcome, StoppedError
+from pref_jax.annotation.judge import PROBES, STRUCTURED, Judge, Outcome, StoppedError
 from pref_jax.annotation.prompt import Prompt, Question
 from pref_jax.annotation.properties import load_properties
 from pref_jax.annotation.ratings import SIDES
@@ -208,11 +208,13 @@ def _check(settings: Settings, dry_run: bool = False) -> None:
 
 
 async def _copy_ratings(plan: Plan, store: Store) -> None:
-    """Ratings of the same texts, found under another id, are no new work."""
+    """Ratings of the same texts, replaced or found under another id, are no new work."""
     entries = []
     for place in plan.places:
         if store.rated(place) is None and (entry := store.find(plan.wanted[place])) is not None:
-            entries.append(entry | _identity(place) | _usage(Usage(entry.get("attempts", 1))))
+            if (str(entry["id"]), entry["side"]) != place:  # paid for over there
+                entry |= _identity(place) | _usage(Usage(entry.get("attempts", 1)))
+            entries.append(entry)
     if entries:
         await store.save(entries)
 
@@ -283,9 +285,11 @@ class _Asking:
             attempts=settings.attempts,
             temperature=settings.temperature,
             seed=settings.seed,
+            note=self._progress.note,
         )
         watch = asyncio.create_task(self._watch(signals))
         try:
+            items = self._order(items)
             outcomes = await self._probe(items)
             for item, outcome in zip(items, outcomes, strict=False):
                 await self._save(item, outcome)
@@ -298,9 +302,26 @@ class _Asking:
             await client.close()
         return self._judge.stop_reason, self._error
 
+    def _order(self, items: list[Item]) -> list[Item]:
+        """What has failed before comes last; the first ones, asked one by one, are from all over
+        the file, so that a few rows that nobody can rate do not stand for all."""
+
+        def has_failed(item: Item) -> bool:
+            return any(self._store.failed(place) is not None for place, _ in item.targets)
+
+        items = sorted(items, key=has_failed)
+        fresh = sum(not has_failed(item) for item in items) or len(items)
+        first = dict.fromkeys(number * fresh // PROBES for number in range(PROBES))
+        rest = [item for number, item in enumerate(items) if number not in first]
+        return [*(items[number] for number in first), *rest]
+
     async def _probe(self, items: list[Item]) -> list[Outcome]:
         with self._caught():
-            return await self._judge.probe([item.question for item in items])
+            outcomes, error = await self._judge.probe([item.question for item in items])
+            if error is not None:
+                self._error = error
+                self._judge.stop("error")
+            return outcomes
         return []
 
     async def _work(self, items: Iterator[Item]) -> None:

@@ -16,21 +16,42 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pref_jax.annotation.ratings import identify, parse_line
+from pref_jax.annotation.ratings import check_entry, parse_line
 from pref_jax.errors import InputError, RunError
 from pref_jax.files import sync, write_durably, write_error
 
 Place = tuple[str, str]  # id and side
+_BEGINNING = b'{"id": '  # of every line
 
 
 def read_keys(path: Path) -> set[str]:
-    """Keys of the ratings in a file, whoever is writing it; none where there is no file."""
+    """Keys of the ratings at hand, replaced ones among them, whoever is writing the file."""
     keys = set()
-    if path.is_file():
-        for line in path.read_bytes().split(b"\n"):
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                keys.add(str(json.loads(line)["key"]))
+    for file in (path, path.with_name(f"{path.name}.replaced")):
+        if file.is_file():
+            for line in file.read_bytes().split(b"\n"):
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    keys.add(str(json.loads(line)["key"]))
     return keys
+
+
+def refuse_paid_ratings(path: Path) -> None:
+    """Refuses to replace what a judge was paid for.
+
+    Raises:
+      InputError: there are such ratings in the file.
+    """
+    if not path.is_file():
+        return
+    for line in path.read_bytes().split(b"\n"):
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+            entry = json.loads(line)
+            if entry["cost"] > 0 or any(entry["tokens"].values()):
+                raise InputError(
+                    str(path),
+                    f"holds ratings by the judge {entry['model']!r}",
+                    "name another file with --output",
+                )
 
 
 class Store:
@@ -49,7 +70,7 @@ class Store:
     """
 
     def __init__(self, path: Path, wanted: Mapping[Place, frozenset[str]]) -> None:
-        self.path = path
+        self.path = path = Path(os.path.realpath(path))  # one lock, whatever the file is called
         self._wanted = wanted
         self._paths = [path, path.with_name(f"{path.name}.failures")]
         self._replaced = path.with_name(f"{path.name}.replaced")
@@ -146,17 +167,22 @@ class Store:
             except OSError as error:
                 raise write_error(path, error) from error
         sync(self.path.parent)  # the files themselves, should the power fail
-        for kind, (path, file) in enumerate(zip(self._paths, self._files, strict=True)):
-            for number, line in enumerate(_read_whole_lines(path, file), start=1):
+        contents = [path.read_bytes() for path in self._paths]
+        for kind, (path, content) in enumerate(zip(self._paths, contents, strict=True)):
+            for number, line in enumerate(_whole_lines(path, content), start=1):
                 if not line.strip():
                     continue
                 entry = parse_line(f"{path}:{number}", line)
-                identify(f"{path}:{number}", entry)
+                check_entry(f"{path}:{number}", entry, rated=not kind)
                 self._take(bool(kind), entry, line + b"\n")
+        for content, file in zip(contents, self._files, strict=True):  # all of it is ours
+            _mend_end(content, file)
         if self._replaced.exists():
             for line in self._replaced.read_bytes().split(b"\n"):
-                with contextlib.suppress(ValueError, KeyError, TypeError):
-                    self._by_key.setdefault(json.loads(line)["key"], line)
+                with contextlib.suppress(ValueError, AttributeError, InputError):
+                    entry = json.loads(line)
+                    check_entry("", entry, rated=True)
+                    self._by_key.setdefault(str(entry.get("key")), line)
 
     def _take(self, failure: bool, entry: Mapping[str, Any], line: bytes) -> None:
         place = (str(entry["id"]), str(entry["side"]))
@@ -239,9 +265,10 @@ class Store:
             ],
             [line for place, line in self._failed.items() if place not in self._wanted],
         ]
-        if left:
-            known = self._replaced.read_bytes() if self._replaced.exists() else b""
-            write_durably(self._replaced, known + b"".join(left))
+        known = self._replaced.read_bytes() if self._replaced.exists() else b""
+        there = set(known.splitlines(keepends=True))
+        if new := [line for line in left if line not in there]:
+            write_durably(self._replaced, known + b"".join(new))
         for path, lines in zip(
             self._paths, (chosen + others[0], failures + others[1]), strict=True
         ):
@@ -288,16 +315,34 @@ def _lock(path: Path) -> int:
         os.close(file)
 
 
-def _read_whole_lines(path: Path, file: int) -> list[bytes]:
-    """The lines of a file; a last one that a kill has torn is cut off it."""
-    content = path.read_bytes()
+def _whole_lines(path: Path, content: bytes) -> list[bytes]:
+    """The lines of a file, without a last one that a kill has torn.
+
+    Raises:
+      InputError: its only line cannot be the beginning of one of ours.
+    """
     *lines, last = content.split(b"\n")
-    if last:
-        try:
-            json.loads(last)
-        except ValueError:
-            os.ftruncate(file, len(content) - len(last))
-        else:  # whole, but for its end: not ours, or an editor's
-            os.write(file, b"\n")
-            lines.append(last)
+    if last and not _is_torn(last):
+        lines.append(last)  # whole, but for its end: not ours, or an editor's
+    elif last and not lines and not (last.startswith(_BEGINNING) or _BEGINNING.startswith(last)):
+        raise InputError(
+            str(path), "holds something that is no rating", "name another file with --output"
+        )
     return lines
+
+
+def _mend_end(content: bytes, file: int) -> None:
+    """Cuts a torn last line off a file, or ends a whole one."""
+    last = content.rpartition(b"\n")[2]
+    if last and _is_torn(last):
+        os.ftruncate(file, len(content) - len(last))
+    elif last:
+        os.write(file, b"\n")
+
+
+def _is_torn(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return True
+    return False

@@ -74,13 +74,16 @@ def _print_distribution(properties: PropertySet, entries: Sequence[Mapping[str, 
     head = "".join(f"{value:>7}" for value in range(size))
     print(f"{'rating':<{_WIDTH}}{head}   mean")
     for name in properties.rating_names:
-        values = [entry["ratings"][name] for entry in entries]
+        found = [entry["ratings"].get(name) for entry in entries]
+        values = [value for value in found if value is not None]
+        if not values:
+            continue
         counts = np.bincount(values, minlength=size)
         print(
             f"{name:<{_WIDTH}}{''.join(f'{count:>7}' for count in counts)}{np.mean(values):>7.2f}"
         )
     for name in properties.flag_names:
-        share = np.mean([entry["query"][name] for entry in entries])
+        share = np.mean([entry.get("query", {}).get(name, 0) for entry in entries])
         print(f"{f'query: {name}':<{_WIDTH}}{share:>7.1%}")
 
 

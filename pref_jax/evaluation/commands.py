@@ -10,6 +10,7 @@ import numpy as np
 
 from pref_jax import compilation, hosts
 from pref_jax.annotation.ratings import read_ratings
+from pref_jax.annotation.store import refuse_paid_ratings
 from pref_jax.data.arena import Comparisons, read_comparisons
 from pref_jax.data.batches import Samples
 from pref_jax.errors import InputError
@@ -210,6 +211,7 @@ def _refuse_swap(swap_average: bool) -> None:
 def _check_output(output: str | None, data: str, workdir: str) -> None:
     if output is not None:
         check_output_file(output, inputs=(data,), outside=workdir)
+        refuse_paid_ratings(Path(output))
 
 
 def _agree_on_data(data: str, comparisons: Comparisons, swap_average: bool) -> None:

@@ -33,6 +33,15 @@ TITLES = {
 # Rows that are simulated where no data is named: to train on and to test.
 SIMULATED_ROWS = {"tiny": (640, 400), "minilm": (1500, 500), "paper": (57_477, 5_000)}
 DATA = "data"
+# Fields that follow from the study, and what to do to change them.
+_OWN = {
+    "seed": "give --seeds",
+    "data.train": "give --data",
+    "data.valid": "the study holds rows of --data out",
+    "data.annotations": "give --annotations",
+    "data.properties": "give --properties",
+    "model.init_from": "annotated models start from the study's own multi-task runs",
+}
 # Of a test.
 PREDICTIONS, EVALUATION = "predictions.csv", "evaluation.json"
 
@@ -185,6 +194,8 @@ def _make_run(
         field, equals, value = assignment.partition("=")
         if not (colon and equals):
             raise InputError("--set", f"{change!r} is not PATTERN:field=value", "mend it")
+        if field in _OWN:
+            raise InputError("--set", f"the study sets {field} itself", _OWN[field])
         if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*/{pattern}"):
             override(config, field, value)
             used.add(change)

@@ -89,12 +89,14 @@ def _read_losses(
         found = []
         for seed in range(seeds):
             path = folder / "test" / f"seed{seed}" / model.key / PREDICTIONS
-            predictions = Predictions.read(path)
+            remedy = f"remove {path.parent} and type the same command again"
+            try:
+                predictions = Predictions.read(path)
+            except InputError as error:
+                raise InputError(error.where, error.what, remedy) from error
             first = first or predictions
-            if predictions.ids != first.ids:
-                raise InputError(
-                    str(path), "is of other rows", f"remove {path.parent} and run the study again"
-                )
+            if predictions.ids != first.ids or (predictions.labels != first.labels).any():
+                raise InputError(str(path), "is of other rows", remedy)
             found.append(predictions.measure_row_losses())
         losses[model.key] = np.stack(found)
     assert first is not None
@@ -103,8 +105,7 @@ def _read_losses(
 
 def _describe(folder: Path, model: Model, losses: np.ndarray, seeds: int) -> dict[str, Any]:
     evaluations = [
-        read_json(folder / "test" / f"seed{seed}" / model.key / EVALUATION, "run the study again")
-        for seed in range(seeds)
+        _read_evaluation(folder / "test" / f"seed{seed}" / model.key) for seed in range(seeds)
     ]
     parameters = evaluations[0]["parameters"]
     by_seed = losses.mean(axis=1)
@@ -120,6 +121,18 @@ def _describe(folder: Path, model: Model, losses: np.ndarray, seeds: int) -> dic
         "parameters": int(parameters["total"]),
         "trainable": int(parameters["trainable"]),
     }
+
+
+def _read_evaluation(tested: Path) -> dict[str, Any]:
+    remedy = f"remove {tested} and type the same command again"
+    found = read_json(tested / EVALUATION, remedy)
+    parameters = found.get("parameters")
+    numbers = [found.get("accuracy")]
+    if isinstance(parameters, dict):
+        numbers += [parameters.get("total"), parameters.get("trainable")]
+    if len(numbers) < 3 or not all(isinstance(number, int | float) for number in numbers):
+        raise InputError(str(tested / EVALUATION), "is not an evaluation of this study", remedy)
+    return found
 
 
 def _add_comparisons(lines: list[dict[str, Any]]) -> None:

@@ -18,6 +18,7 @@ from pref_jax.study.plan import (
     DATA,
     EVALUATION,
     PREDICTIONS,
+    SCALES,
     SIMULATED_ROWS,
     Part,
     Sources,
@@ -125,6 +126,7 @@ def reproduce(
                 shutil.rmtree(folder / part.name, ignore_errors=True)
                 note.parent.mkdir(parents=True, exist_ok=True)
                 write_json(note, {"made_from": wanted, "finished": False})
+            _refuse_changed(part, sources)
             _make(part, folder, sources)
             write_json(note, {"made_from": wanted, "finished": True})
         return make_study_report(folder, make_models(scale), seeds)
@@ -150,7 +152,9 @@ def _held(folder: Path, scale: str) -> Iterator[None]:
             raise InputError(
                 str(folder), "holds something that is not a study", "give an empty folder"
             )
-    elif (before := read_json(mine, "give another folder").get("scale")) != scale:
+    elif (before := read_json(mine, "give another folder").get("scale")) not in SCALES:
+        raise InputError(str(mine), "is not the note of a study", "give another folder")
+    elif before != scale:
         raise InputError(
             str(folder),
             f"is a study of scale {before}",
@@ -175,9 +179,26 @@ def _make(part: Part, folder: Path, sources: Sources) -> None:
     if part.kind == "data":
         _make_data(folder / part.name, sources)
     elif part.kind == "test":
-        _test(folder, part)
+        _test(folder, part, sources)
     else:
         _train(folder, part, sources)
+
+
+def _refuse_changed(part: Part, sources: Sources) -> None:
+    """A study is of one content: files that change while it runs would mix two.
+
+    Raises:
+      InputError: a file that the part reads is not the one any more that the study began with.
+    """
+    from pref_jax.data.arena import read_comparisons
+
+    if part.kind == "data" or sources.train is None or sources.test is None:
+        return
+    name, path = ("test", sources.test) if part.kind == "test" else ("train", sources.train)
+    if read_comparisons(path, labelled=True).digest != sources.digests[name]:
+        raise InputError(
+            path, "has changed since the study began", "type the same command again to go on"
+        )
 
 
 def data_files(folder: Path, sources: Sources) -> dict[str, str]:
@@ -233,7 +254,7 @@ def _train(folder: Path, part: Part, sources: Sources) -> None:
         )
 
 
-def _test(folder: Path, part: Part) -> None:
+def _test(folder: Path, part: Part, sources: Sources) -> None:
     """The best checkpoint's answers on the test rows."""
     from pref_jax.data.arena import read_comparisons
     from pref_jax.evaluation.baselines import FILE, Baselines
@@ -242,20 +263,13 @@ def _test(folder: Path, part: Part) -> None:
     from pref_jax.experiment import load_run
 
     run = load_run(folder / part.needs[0])
-    comparisons = read_comparisons(_test_file(folder), labelled=True)
+    comparisons = read_comparisons(data_files(folder, sources)["test"], labelled=True)
     predictions = Predictions.collect(comparisons, score(run, comparisons))
     output = folder / part.name
     output.mkdir(parents=True, exist_ok=True)
     predictions.write(output / PREDICTIONS)
     result = predictions.evaluate(Baselines.load(run.workdir / FILE))
     write_json(output / EVALUATION, {**result, "parameters": run.experiment.count_parameters()})
-
-
-def _test_file(folder: Path) -> str:
-    noted = folder / DATA / "sources.json"
-    if noted.exists():
-        return str(read_json(noted, "run the study again")["files"]["test"])
-    return str(folder / DATA / "test_labelled.csv")
 
 
 def parse_rows(words: Sequence[str] | None) -> tuple[int, int] | None:

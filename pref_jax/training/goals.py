@@ -219,6 +219,7 @@ class RatingGoal:
                     "give ratings of this file's ids, or hold out another share with "
                     "--config.data.valid_fraction",
                 )
+        _warn_of_unrated(properties, self._train_labels[self.train_numbers])
         logger.info(
             "%d rated responses to train on, %d held out",
             len(self.train_numbers),
@@ -262,6 +263,18 @@ class RatingGoal:
     def describe(self, samples: np.ndarray) -> str:
         ids = self._data.train.ids
         return _list([f"{ids[sample // 2]} {'ab'[sample % 2]}" for sample in samples[:9]])
+
+
+def _warn_of_unrated(properties: PropertySet, labels: np.ndarray) -> None:
+    names = np.array(properties.rating_names)
+    unrated = names[(labels < 0).all(axis=0)].tolist()
+    if unrated:
+        logger.warning(
+            "no training response is rated by %s: %s learn nothing; if another set was rated, name "
+            "its file with --config.data.properties",
+            _list(unrated),
+            "their heads" if len(unrated) > 1 else "its head",
+        )
 
 
 def _rated(rows: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -86,11 +86,14 @@ class Judge:
         hang: float = 2.0,
         status: int = 200,
         error: str = "refused",
-        usage: bool = True,
+        usage: bool | dict[str, Any] = True,
+        retry_after: str = "0.02",
     ) -> None:
         self.answer = answer or (lambda body, times: json.dumps(rate(body)))
         self.faults, self.modes, self.seconds, self.hang = faults, modes, seconds, hang
         self.status, self.error, self.usage = status, error, usage
+        self.retry_after = retry_after
+        self.refuse: Callable[[str], tuple[int, dict[str, Any]] | None] = lambda texts: None
         self.asked: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
         self.good: collections.Counter[str] = collections.Counter()
         self.keys: set[str | None] = set()
@@ -163,13 +166,17 @@ class Judge:
     ) -> None:
         if self.status != 200:
             return _send(handler, self.status, {"error": {"message": self.error}})
+        if (refusal := self.refuse(texts)) is not None:
+            return _send(handler, *refusal)
         if _mode(body) not in self.modes:
             return _send(handler, 400, {"error": {"message": "response_format is not supported"}})
         fault = self.fault(texts, times)
         if fault == "limited":
             return _send(handler, 429, {"error": {"message": "slow down"}})
         if fault == "limited_after":
-            return _send(handler, 429, {"error": {"message": "slow"}}, **{"Retry-After": "0.02"})
+            return _send(
+                handler, 429, {"error": {"message": "slow"}}, **{"Retry-After": self.retry_after}
+            )
         if fault == "error":
             return _send(handler, 500, {"error": {"message": "oops"}})
         if fault == "hang":
@@ -188,6 +195,8 @@ class Judge:
         reply["choices"][0]["finish_reason"] = "stop"
         if self.usage:
             reply["usage"] = {"prompt_tokens": 1000, "completion_tokens": 200}
+        if isinstance(self.usage, dict):
+            reply["usage"] = self.usage
         return _send(handler, 200, reply, half=fault == "half_body")
 
     def _write(self, fault: str, body: dict[str, Any], times: int) -> str | None:
@@ -226,11 +235,11 @@ def _mode(body: dict[str, Any]) -> str:
 def _send(
     handler: BaseHTTPRequestHandler,
     status: int,
-    body: dict[str, Any],
+    body: dict[str, Any] | str,
     half: bool = False,
     **headers: str,
 ) -> None:
-    content = json.dumps(body).encode()
+    content = (body if isinstance(body, str) else json.dumps(body)).encode()
     content = content[: len(content) // 2] if half else content
     handler.send_response(status)
     handler.send_header("Content-Type", "application/json")

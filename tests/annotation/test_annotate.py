@@ -386,9 +386,135 @@ def test_retry_after_is_seconds_or_a_date() -> None:
         datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=100), usegmt=True
     )
     assert 90 < (_read_retry_after(soon) or 0) <= 100
-    assert _read_retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
-    assert [_read_retry_after(value) for value in ("3", "0.5", "-1")] == [3, 0.5, 0]
-    assert [_read_retry_after(value) for value in (None, "soon", "nan", "inf")] == [None] * 4
+    assert [_read_retry_after(value) for value in ("3", "0.5")] == [3, 0.5]
+    past, never = "Wed, 21 Oct 2015 07:28:00 GMT", "Fri, 31 Dec 99999 23:59:59 GMT"
+    for value in (None, "soon", "nan", "inf", "0", "-1", past, never):
+        assert _read_retry_after(value) is None
+
+
+def test_a_long_wait_is_said_and_a_day_is_not_waited(six: Path, tmp_path: Path) -> None:
+    with Judge(faults=1, retry_after="86400") as judge:
+        judge.fault = lambda texts, times: "limited_after"  # type: ignore
+        outcome = annotate(judge, six, tmp_path / "A.jsonl")
+        one_line(outcome, 1, "asks to wait 24.0 hours", "type the same command again")
+        judge.retry_after = "30"
+        process = start(judge, six, tmp_path / "A.jsonl")
+        wait_for(judge, 2, process)
+        time.sleep(0.5)  # until its answer has been read
+        process.send_signal(signal.SIGTERM)
+        said = "".join(process.communicate(timeout=60))
+    assert "asks to wait 30 seconds" in said
+
+
+def test_a_server_that_is_always_busy_is_given_up(arena: Path, tmp_path: Path) -> None:
+    with Judge() as judge:
+        judge.refuse = lambda texts: (503, {}) if judge.requests > 5 else None
+        outcome = annotate(judge, arena / "train.csv", tmp_path / "A.jsonl", "--attempts=1")
+        one_line(outcome, 1, "has stopped answering (HTTP 503)", "type the same command again")
+        assert judge.requests < 100
+
+
+def test_texts_that_a_server_will_not_read_are_listed(six: Path, tmp_path: Path) -> None:
+    output, bad = tmp_path / "A.jsonl", ("haiku", "French")
+    errors = {"message": "flagged"}
+    with Judge() as judge:
+        judge.refuse = lambda texts: (
+            (403, {"error": errors}) if any(word in texts for word in bad) else None
+        )
+        assert annotate(judge, six, output).code == 0
+        assert len(lines(output)) == 8
+        assert {entry["reason"] for entry in failures(output)} == {"HTTP 403: flagged"}
+        # The next call asks what is new first.
+        more = write_csv(tmp_path / "more.csv", make_rows(r0={"prompt": '["Who was Ada?"]'}))
+        more.write_text(six.read_text() + more.read_text().split("\n", 1)[1].replace("10", "99"))
+        assert annotate(judge, more, output).code == 0
+        assert len(lines(output)) == 16
+
+
+def test_first_rows_that_are_refused_do_not_stand_for_all(arena: Path, tmp_path: Path) -> None:
+    with (arena / "train.csv").open(encoding="utf-8", newline="") as file:
+        prompts = [json.loads(row["prompt"])[0] for row in csv.DictReader(file)][:3]
+    with Judge() as judge:
+        judge.refuse = lambda texts: (
+            (400, {"error": {"message": "too long"}}) if any(p in texts for p in prompts) else None
+        )
+        outcome = annotate(judge, arena / "train.csv", tmp_path / "A.jsonl", "--rows=20")
+        assert outcome.code == 0, outcome
+    assert len(failures(tmp_path / "A.jsonl")) >= 6
+    assert len(lines(tmp_path / "A.jsonl")) + len(failures(tmp_path / "A.jsonl")) == 40
+
+
+def test_an_error_that_comes_as_an_answer_is_named(six: Path, tmp_path: Path) -> None:
+    for error, word in (
+        ({"message": "no credits", "code": 402}, "no credits"),
+        ({"message": "overheated"}, "error: overheated"),
+    ):
+        with Judge() as judge:
+            judge.refuse = lambda texts, error=error: (200, {"error": error})  # type: ignore
+            outcome = annotate(judge, six, tmp_path / "A.jsonl", "--attempts=1")
+            assert outcome.code != 0 and word in outcome.stderr
+
+
+@pytest.mark.parametrize("count", [10**400, -1, "many", None, 1e300])
+def test_counts_that_cannot_be_are_not_believed(six: Path, tmp_path: Path, count: object) -> None:
+    usage = {"prompt_tokens": count, "completion_tokens": 5, "cost": count}
+    with Judge(usage=usage) as judge:
+        outcome = annotate(judge, six, tmp_path / "A.jsonl", "--price_prompt=1", "--max_cost=9")
+        assert outcome.code == 0, outcome
+    assert all(0 < entry["cost"] < 1 for entry in lines(tmp_path / "A.jsonl"))
+
+
+def test_what_the_server_charges_is_set_aside_from_then_on(arena: Path, tmp_path: Path) -> None:
+    usage = {"prompt_tokens": 1000, "completion_tokens": 200, "cost": 0.5}
+    with Judge(usage=usage) as judge:
+        more = ("--max_cost=2", "--concurrency=16")
+        one_line(annotate(judge, arena / "train.csv", tmp_path / "A.jsonl", *more), 1, "--max_cost")
+    assert sum(entry["cost"] for entry in lines(tmp_path / "A.jsonl")) == 2.0
+
+
+def test_a_set_of_few_properties_may_be_rated_as_the_examples_are(
+    six: Path, tmp_path: Path
+) -> None:
+    properties = tmp_path / "one.toml"
+    properties.write_text(
+        'name = "one"\nscale = ["0", "1", "2", "3"]\n'
+        '[[ratings]]\nname = "polite"\ndefinition = "It is polite."\n'
+    )
+    with Judge(lambda body, times: json.dumps({"ratings": {"polite": times % 4}})) as judge:
+        for number in range(4):
+            options = (f"--properties={properties}", "--structured=none", "--rows=1")
+            output = tmp_path / f"{number}.jsonl"
+            assert annotate(judge, six, output, *options).code == 0
+            assert [e["ratings"]["polite"] for e in lines(output)] == [number] * 2
+
+
+def test_two_names_of_a_file_are_one_output(arena: Path, tmp_path: Path) -> None:
+    (tmp_path / "A.jsonl").touch()
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "A.jsonl")
+    with Judge(seconds=0.2) as judge:
+        process = start(judge, arena / "test.csv", tmp_path / "A.jsonl", "--concurrency=4")
+        wait_for(judge, 2, process)
+        outcome = annotate(judge, arena / "test.csv", tmp_path / "link.jsonl")
+        process.communicate(timeout=60)
+        one_line(outcome, 2, "another process is writing it")
+        assert annotate(judge, arena / "test.csv", tmp_path / "link.jsonl").code == 0
+    assert (tmp_path / "link.jsonl").is_symlink() and len(lines(tmp_path / "A.jsonl")) == 24
+
+
+def test_models_may_change_back_and_forth(six: Path, tmp_path: Path) -> None:
+    output = tmp_path / "A.jsonl"
+    prices = ("--price_prompt=1",)
+    with Judge() as judge:
+        assert annotate(judge, six, output, *prices).code == 0
+        first = lines(output)
+        for _ in range(2):
+            for model in ("--model=other", "--model=judge-1"):
+                assert annotate(judge, six, output, *prices, model).code == 0
+        assert judge.requests == 24 and lines(output) == first
+        assert len(output.with_name("A.jsonl.replaced").read_text().splitlines()) == 24
+        assert annotate(judge, six, output, "--model=other").code == 0
+        outcome = annotate(judge, six, output, "--model=judge-1", "--dry_run")
+        assert outcome.stdout.splitlines()[-1].startswith("0 requests for 12")
 
 
 def test_parameters_that_a_server_does_not_know_are_left_out(six: Path, tmp_path: Path) -> None:
@@ -502,6 +628,51 @@ def test_the_key_is_never_seen(six: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert outcome.code == 2 and "OPENAI_API_KEY" in outcome.stderr
     said += outcome.stdout + outcome.stderr
     assert "[key] is no answer" in said and SECRET not in said
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda key: key.replace("/", "\\/"),
+        lambda key: "".join(f"\\u{ord(character):04X}" for character in key),
+        lambda key: json.dumps(key.replace("/", "\\/"))[1:-1],
+        lambda key: key.replace("/", "%2f"),
+        lambda key: key[:20],
+    ],
+)
+def test_no_form_of_the_key_is_seen(
+    six: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Callable[[str], str]
+) -> None:
+    key = "sk/test/0123456789abcdefghijklmnop"
+    shown = form(key)
+
+    def leak(handler: Any, body: dict[str, Any], texts: str, times: int) -> None:
+        if "river" in texts:
+            content = f'{{"error": {{"message": "wrong key {shown}"}}}}'
+            return _send(handler, 500, content)
+        answer = json.dumps(rate(body)).replace("draft of polite", f"draft {shown}")
+        return _send(handler, 200, {"choices": [{"message": {"content": answer}}]})
+
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with Judge() as judge:
+        judge._respond = leak  # type: ignore
+        outcome = annotate(judge, six, tmp_path / "A.jsonl", "--debug", "--attempts=1")
+    said = outcome.stdout + outcome.stderr
+    said += "".join(path.read_text() for path in tmp_path.iterdir())
+    assert "[key]" in said
+    for secret in (key, key[:20], shown, shown[:40]):
+        assert secret not in said
+
+
+def test_a_proxy_gets_no_password_of_other_programs(
+    six: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "netrc").write_text("default login bob password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with Judge() as judge:
+        monkeypatch.setenv("http_proxy", judge.url.removesuffix("/v1"))
+        assert annotate("http://judge.invalid/v1", six, tmp_path / "A.jsonl").code == 0
+        assert judge.keys == {None}
 
 
 def test_dry_run_sends_nothing(arena: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pref_jax.annotation.store import Store
+from pref_jax.annotation.store import Store, refuse_paid_ratings
 from pref_jax.errors import InputError, RunError
 
 WANTED = {(identity, side): frozenset([f"{identity}{side}"]) for identity in "231" for side in "ab"}
@@ -77,6 +77,51 @@ def test_something_else_is_not_touched(path: Path) -> None:
         Store(path, WANTED)
     assert path.read_text() == "id,prompt\n1,x\n"
     assert not path.with_name("A.jsonl.lock").exists()
+
+
+@pytest.mark.parametrize(
+    "content", ["just one line", '{\n  "a": 1\n}', '{"a": 1}\n{"b', '{"id": "1"}', "[1]\n"]
+)
+def test_a_file_of_somebody_else_is_left_as_it_is(path: Path, content: str) -> None:
+    path.write_text(content)
+    with pytest.raises(InputError, match=r"A\.jsonl"):
+        Store(path, WANTED)
+    assert path.read_text() == content
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ratings": None},
+        {"ratings": {"polite": "x"}},
+        {"ratings": {"polite": -2}},
+        {"query": 7},
+        {"tokens": None},
+        {"tokens": {"prompt": "1"}},
+        {"attempts": "1"},
+        {"cost": float("inf")},
+    ],
+)
+def test_a_line_that_was_spoilt_is_named(path: Path, changes: dict[str, Any]) -> None:
+    spoilt = json.dumps(entry("1a") | changes)
+    for file in (path, path.with_name("A.jsonl.failures")):
+        file.write_text(f"{json.dumps(entry('2a'))}\n{spoilt}\n")
+        with pytest.raises(InputError, match=rf"{file.name}:2: its {next(iter(changes))}"):
+            Store(path, WANTED)
+        file.unlink()
+    path.with_name("A.jsonl.replaced").write_text(spoilt + "\n")  # is left out
+    with Store(path, WANTED) as store:
+        assert store.find(["1a"]) is None
+
+
+def test_paid_ratings_are_not_replaced_by_predictions(path: Path) -> None:
+    refuse_paid_ratings(path)
+    path.write_text(json.dumps(entry("1a", model="run@7", cost=0.0, tokens={"prompt": 0})) + "\n")
+    refuse_paid_ratings(path)
+    for paid in ({"cost": 0.1, "tokens": {}}, {"cost": 0.0, "tokens": {"prompt": 9}}):
+        path.write_text(json.dumps(entry("1a", model="judge", **paid)) + "\nhalf")
+        with pytest.raises(InputError, match="by the judge 'judge'"):
+            refuse_paid_ratings(path)
 
 
 def test_a_second_process_is_refused(path: Path) -> None:

@@ -33,6 +33,9 @@ RATE = (
 )
 
 
+DISTIL = "--config.model.family=distilbert"
+
+
 @pytest.fixture(scope="module")
 def arguments(arena: Path) -> tuple[str, ...]:
     return (
@@ -214,6 +217,28 @@ def test_another_set_of_properties_makes_other_heads(arena: Path, tmp_path: Path
     assert set(json.loads(output.read_text().splitlines()[0])["ratings"]) == set(names)
 
 
+def test_heads_that_nobody_rated_are_named(
+    rated: Path, arena: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = load(
+        f"{REPOSITORY}/configs/multitask_bert.py",
+        [("model.pretrained", "none"), ("data.train", f"{arena}/train.csv")],
+    )
+    some = tmp_path / "some.jsonl"
+    with open(arena / "annotations.jsonl", encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    for line in lines:
+        line["ratings"].pop("polite")
+        line["ratings"]["funny"] = None
+    some.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for path, said in ((some, "rated by polite, funny"), (arena / "annotations.jsonl", "")):
+        config.data.annotations = str(path)
+        data = read_data(config)
+        caplog.clear()
+        make_goal(Experiment(config, find_backbone(config, data.train)), data)
+        assert said in caplog.text and ("no training response" in caplog.text) == bool(said)
+
+
 def test_what_makes_no_sense_is_one_line(rated: Path, arena: Path, tmp_path: Path) -> None:
     nobody = tmp_path / "nobody.jsonl"
     nobody.write_text(json.dumps({"id": "x", "side": "a", "ratings": {"polite": 1}}) + "\n")
@@ -222,6 +247,7 @@ def test_what_makes_no_sense_is_one_line(rated: Path, arena: Path, tmp_path: Pat
     out = f"--output={tmp_path}/out"
     data = f"--data={arena}/train.csv"
     new = (*RATE, f"--config.data.train={arena}/train.csv", f"--workdir={tmp_path}/new")
+    labels = (f"--config.data.annotations={arena}/annotations.jsonl",)
     for arguments, named in (
         (("export", f"--workdir={rated}", out), "knows no preferences"),
         (("report", rated, out), "multi-task run"),
@@ -232,6 +258,7 @@ def test_what_makes_no_sense_is_one_line(rated: Path, arena: Path, tmp_path: Pat
         (("train", *new, f"--config.data.annotations={nobody}"), "rates no response"),
         (("train", *new, f"--config.data.annotations={unknown}"), "unknown.jsonl:1"),
         (("train", *new, f"--config.data.annotations={tmp_path}/none"), "no such file"),
+        (("train", *new, *labels, f"--config.model.init_from={rated}", DISTIL), "is a run of a"),
     ):
         outcome = call(*arguments)
         assert outcome.code == 2 and outcome.stderr.count("\n") == 1, outcome

@@ -141,7 +141,10 @@ def test_wrong_studies_are_one_line(killed: Path, tmp_path: Path) -> None:
         (("--rows=3",), "--rows"),
         (("--data=absent.csv",), "--test: it is missing"),
         (("--scale=tiny", f"--workdir={killed}"), "scale minilm"),
-        (("--set=nobody:seed=1",), "fits no run"),
+        (("--set=nobody:train.epochs=1",), "fits no run"),
+        (("--set=*:seed=1",), "give --seeds"),
+        (("--set=*:data.train=x.csv",), "give --data"),
+        (("--set=*annotated:model.init_from=runs/x",), "the study's own"),
         (("--properties=x.toml",), "--properties"),
         (("--seeds=0",), "--seeds"),
     ):
@@ -149,6 +152,33 @@ def test_wrong_studies_are_one_line(killed: Path, tmp_path: Path) -> None:
         assert outcome.code == 2 and outcome.stderr.count("\n") == 1, outcome
         assert named in outcome.stderr
     assert not (tmp_path / "new").exists()
+
+
+def test_what_was_damaged_is_named_with_its_remedy(killed: Path) -> None:
+    tested = killed / "test/seed0/parallel_minilm"
+    for name, spoil in (
+        ("evaluation.json", lambda text: "{}"),
+        ("evaluation.json", lambda text: text.replace('"total": ', '"total": null, "was": ')),
+        ("predictions.csv", lambda text: text[:-30]),
+        ("predictions.csv", lambda text: _exchange_labels(text)),
+    ):
+        path = tested / name
+        before = path.read_text()
+        path.write_text(spoil(before))
+        assert path.read_text() != before
+        outcome = call("reproduce", *SMALL, f"--workdir={killed}")
+        path.write_text(before)
+        assert outcome.code == 2 and outcome.stderr.count("\n") == 1, outcome
+        assert f"remove {tested}" in outcome.stderr and str(path) in outcome.stderr
+    assert call("reproduce", *SMALL, f"--workdir={killed}").code == 0
+
+
+def _exchange_labels(text: str) -> str:
+    rows = list(csv.DictReader(text.splitlines()))
+    for row in rows:
+        row["label"] = {"0": "1", "1": "0"}.get(row["label"], row["label"])
+    lines = [",".join(rows[0]), *(",".join(row.values()) for row in rows)]
+    return "\n".join(lines) + "\n"
 
 
 def test_the_plan_of_the_paper_runs_nothing(tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from rig import make_rows, write_csv
 
+from pref_jax.data.arena import read_comparisons
 from pref_jax.errors import InputError, RunError
 from pref_jax.study import report, run
 from pref_jax.study.plan import Part, Sources, make_parts
@@ -107,13 +109,36 @@ def test_what_changes_no_result_reruns_nothing(study: Study) -> None:
     ],
 )
 def test_other_files_rerun_what_reads_their_content(
-    study: Study, changed: str | None, again: tuple[str, ...]
+    study: Study, monkeypatch: pytest.MonkeyPatch, changed: str | None, again: tuple[str, ...]
 ) -> None:
+    monkeypatch.setattr(run, "_refuse_changed", lambda *_: None)  # no such files
     digests = {"train": "1", "test": "2", "annotations": "3", "properties": "4"}
     everything = study(scale="minilm", sources=Sources("a.csv", "b.csv", "c", None, digests))
     moved = {**digests, **({changed: "5"} if changed else {})}
     made = study(scale="minilm", sources=Sources("x/a.csv", "x/b.csv", "x/c", None, moved))
     assert set(made) == names(everything, *again)
+
+
+def test_files_that_change_while_it_runs_end_it(tmp_path: Path) -> None:
+    paths = {name: str(tmp_path / f"{name}.csv") for name in ("train", "test")}
+    for path in paths.values():
+        write_csv(Path(path), make_rows(), labels=True)
+    digests = {name: read_comparisons(path).digest for name, path in paths.items()}
+    sources = Sources(**paths, annotations="A.jsonl", digests=digests)
+    parts = make_parts("minilm", sources, 1).values()
+    for part in parts:
+        run._refuse_changed(part, sources)
+    exchanged = {"winner_model_a": 0, "winner_model_b": 1}
+    for changed, kinds in (("test", {"test"}), ("train", {"test", "train", "rate"})):
+        write_csv(Path(paths[changed]), make_rows(r0=exchanged), labels=True)
+        refused = set()
+        for part in parts:
+            try:
+                run._refuse_changed(part, sources)
+            except InputError as error:
+                assert "has changed since the study began" in str(error)
+                refused.add(part.kind)
+        assert refused == kinds
 
 
 def test_wrong_use_is_one_line(study: Study, tmp_path: Path) -> None:
