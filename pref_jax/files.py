@@ -198,10 +198,10 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-      InputError: no such file, or no JSON object in it.
+      InputError: no such file, or no JSON object in it, or one that says a name twice.
     """
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
     except FileNotFoundError as error:
         raise InputError(str(path), "is missing", remedy) from error
     except OSError as error:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pref_jax import files
 from pref_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,35 +38,12 @@ class Tensor:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """A JSON object from a file of a Hugging Face folder.
 
     Raises:
       InputError: it is missing, unreadable, not JSON, no object, or says a name twice.
     """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        content: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in content:
-                raise ValueError(f"it says {name!r} twice")
-            content[name] = value
-        return content
-
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except FileNotFoundError:
-        raise InputError(
-            str(path), "there is no such file", "name a complete Hugging Face folder"
-        ) from None
-    except OSError as error:
-        raise InputError(
-            str(path), f"it cannot be read ({error.strerror})", "check the file"
-        ) from None
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError too
-        raise InputError(str(path), f"not a JSON file ({error})", "fetch it again") from None
-    if not isinstance(content, dict):
-        raise InputError(str(path), "not a JSON object", "fetch it again")
-    return content
+    return files.read_json(path, "name a complete Hugging Face folder, or fetch the file again")
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -77,12 +77,12 @@ def _read(path: Path) -> Any:
     try:
         reader = gguf.GGUFReader(path)
         end = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)
-        if not reader.tensors or end > path.stat().st_size:
-            raise ValueError("it ends before its last tensor")
     except OSError as error:
         raise InputError(str(path), f"it cannot be read ({error.strerror})", "check it") from None
     except Exception as error:  # whatever the library meets in damaged bytes
-        raise InputError(str(path), f"no whole GGUF file ({error})", _FETCH) from None
+        raise InputError(str(path), "no whole GGUF file: it is cut or damaged", _FETCH) from error
+    if not reader.tensors or end > path.stat().st_size:
+        raise InputError(str(path), "no whole GGUF file: it ends before its last tensor", _FETCH)
     return reader
 
 
