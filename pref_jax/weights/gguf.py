@@ -15,6 +15,7 @@ from pref_jax import cache
 from pref_jax.errors import InputError
 from pref_jax.files import write_json
 from pref_jax.weights.files import Tensor
+from pref_jax.weights.gguf_header import HeaderError, check_header
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,6 +40,7 @@ _OF_LAYER = {
     "ffn_down": "mlp.down_proj",
 }
 _ROPE = "rope_freqs.weight"
+_MOST = 1e9  # of any number in an architecture
 _CONTROL = 3  # llama.cpp's token type of special tokens
 
 # How text is cut into words before pairs are merged, by the name that llama.cpp gives it. These
@@ -75,10 +77,13 @@ def _read(path: Path) -> Any:
     import gguf
 
     try:
+        check_header(path)
         reader = gguf.GGUFReader(path)
         end = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)
     except OSError as error:
         raise InputError(str(path), f"it cannot be read ({error.strerror})", "check it") from None
+    except HeaderError as error:
+        raise InputError(str(path), f"no whole GGUF file: {error}", _FETCH) from None
     except Exception as error:  # whatever the library meets in damaged bytes
         raise InputError(str(path), "no whole GGUF file: it is cut or damaged", _FETCH) from error
     if not reader.tensors or end > path.stat().st_size:
@@ -92,7 +97,19 @@ def _field(path: Path, reader: Any, name: str, default: Any = None) -> Any:
         if default is None:
             raise InputError(str(path), f"its field {name} is missing", _FETCH)
         return default
-    return field.contents()
+    try:
+        return field.contents()
+    except (UnicodeDecodeError, IndexError) as error:  # no UTF-8, or nothing in it
+        raise InputError(str(path), f"its field {name} cannot be read", _FETCH) from error
+
+
+def _list(
+    path: Path, reader: Any, name: str, kind: type, default: list[Any] | None = None
+) -> list[Any]:
+    value = _field(path, reader, name, default)
+    if not isinstance(value, list) or not all(isinstance(part, kind) for part in value):
+        raise InputError(str(path), f"its field {name} is no list of {kind.__name__}", _FETCH)
+    return value
 
 
 def read_gguf_config(path: Path) -> "LlamaConfig":
@@ -112,13 +129,16 @@ def read_gguf_config(path: Path) -> "LlamaConfig":
     if family != "llama":
         raise InputError(str(path), f"its architecture is {family!r}", "llama can be loaded")
 
-    def number(name: str, default: Any = None) -> Any:
-        return _field(path, reader, f"llama.{name}", default)
+    def number(name: str, default: float | None = None) -> Any:
+        value = _field(path, reader, f"llama.{name}", default)
+        if not isinstance(value, int | float) or not 0 < value < _MOST:
+            raise InputError(str(path), f"its field llama.{name} is {value!r}", _FETCH)
+        return value
 
     width, heads = int(number("embedding_length")), int(number("attention.head_count"))
     positions = int(number("context_length"))
     head_dim = int(number("rope.dimension_count", width // heads))
-    kind = str(number("rope.scaling.type", "none"))
+    kind = str(_field(path, reader, "llama.rope.scaling.type", "none"))
     rope = RopeConfig(theta=float(number("rope.freq_base", 10_000.0)))
     if kind == "linear":
         rope = RopeConfig(rope.theta, "linear", float(number("rope.scaling.factor")), positions)
@@ -138,11 +158,12 @@ def read_gguf_config(path: Path) -> "LlamaConfig":
                 "use the model's safetensors instead",
             )
         rope = stretched
-    if "token_embd.weight" not in tensors:
-        raise InputError(str(path), "tensor token_embd.weight is missing", _FETCH)
+    words = tensors.get("token_embd.weight")
+    if words is None or len(words.shape) != 2:
+        raise InputError(str(path), "tensor token_embd.weight is missing or no matrix", _FETCH)
     return LlamaConfig(
         family="llama",
-        vocab_size=int(tensors["token_embd.weight"].shape[1]),
+        vocab_size=int(words.shape[1]),
         hidden_size=width,
         num_layers=int(number("block_count")),
         num_heads=heads,
@@ -230,12 +251,16 @@ def tokenizer_folder(path: Path) -> Path:
         )
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
+    tokens = _list(path, reader, "tokenizer.ggml.tokens", str)
+    types = _list(path, reader, "tokenizer.ggml.token_type", int, [1] * len(tokens))
+    merges = _list(path, reader, "tokenizer.ggml.merges", str)
+    if len(types) != len(tokens):
+        raise InputError(
+            str(path), f"it has {len(tokens)} tokens and types of {len(types)}", _FETCH
+        )
 
     def make(folder: Path) -> None:
         folder.mkdir()
-        tokens = _field(path, reader, "tokenizer.ggml.tokens")
-        types = _field(path, reader, "tokenizer.ggml.token_type", [1] * len(tokens))
-        merges = _field(path, reader, "tokenizer.ggml.merges")
         special = [number for number, kind in enumerate(types) if int(kind) == _CONTROL]
         plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         pretokenizers = [dict(part) for part in _PRETOKENIZERS[cutting]]
