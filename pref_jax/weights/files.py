@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pref_jax import files
 from pref_jax.errors import InputError
+from pref_jax.files import read_json as read_object
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,7 +43,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
       InputError: it is missing, unreadable, not JSON, no object, or says a name twice.
     """
-    return files.read_json(path, "name a complete Hugging Face folder, or fetch the file again")
+    return read_object(path, "name a complete Hugging Face folder, or fetch the file again")
 
 
 def weight_files(folder: Path) -> list[Path]:
