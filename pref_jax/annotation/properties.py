@@ -78,7 +78,7 @@ def load_properties(path: str | Path | None = None) -> PropertySet:
     except OSError as error:
         reason = (error.strerror or "cannot be read").lower()
         raise InputError(where, reason, "check the path") from error
-    except ValueError as error:  # not TOML, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not TOML, or not UTF-8
         raise InputError(where, f"is not TOML ({error})", _REMEDY) from error
     _only(where, content, ("name", "scale", "flags", "ratings"))
     name, scale = content.get("name"), content.get("scale")
