@@ -1,0 +1,316 @@
+#!/usr/bin/env bash
+# A Cloud TPU VM from request to deletion, with the run kept in a bucket.
+#
+#   ./launch/tpu_vm.sh create NAME --zone=us-west4-a --type=v5litepod-8 [--spot]
+#   ./launch/tpu_vm.sh setup NAME --zone=us-west4-a
+#   ./launch/tpu_vm.sh train NAME --zone=us-west4-a --type=v5litepod-8 --bucket=gs://mine/runs/lora \
+#       --copy=gs://mine/train.csv [--spot] [--max_hours=20] [--keep] \
+#       -- --config=configs/llama_lora.py --config.data.train=train.csv
+#   ./launch/tpu_vm.sh status|logs|fetch|delete NAME --zone=us-west4-a
+#
+# `train` does all of it: it asks for the VM where there is none, installs the project on every host,
+# starts the training command, copies the run to the bucket every minute, and makes everything again
+# from there when the VM was pre-empted. When training has ended, well or badly, or the time is up,
+# it deletes the VM, so that nothing is left running; `--keep` leaves it. The VM deletes itself one
+# hour after --max_hours in any case, so this machine may be switched off.
+#
+#   --project=P      the Cloud project                       --version=V   the VM's runtime
+#   --valid_for=6h   how long a request may wait              --workdir=DIR where `fetch` puts the run
+#   --shared=DIR     a disk that all hosts have mounted: needed where the slice has several
+#   --dry_run        prints every command, runs none
+#
+# Each command is printed before it is run. Flags may stand in PREF_JAX_TPU_ZONE, _PROJECT, _TYPE,
+# _BUCKET. Exit code 2: wrong use; 1: it failed; else that of training.
+set -euo pipefail
+
+fail() {
+  echo "error: $1" >&2
+  exit "${2:-1}"
+}
+
+help() {
+  sed -n '2,26s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+}
+
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+poll=${PREF_JAX_TPU_POLL:-60} # seconds
+hour=${PREF_JAX_TPU_HOUR:-3600} # seconds; less of them to try what happens when the time is over
+
+zone=${PREF_JAX_TPU_ZONE:-}
+project=${PREF_JAX_TPU_PROJECT:-}
+type=${PREF_JAX_TPU_TYPE:-}
+bucket=${PREF_JAX_TPU_BUCKET:-}
+version=
+valid_for=6h
+spot=
+max_hours=24
+copies=()
+shared=
+workdir=
+keep=
+dry_run=
+training=()
+
+[[ ${1:-} != --help && $# -gt 0 ]] || {
+  help
+  exit 0
+}
+action=$1
+shift
+case $action in
+create | setup | train | status | logs | fetch | delete) ;;
+*) fail "$action: no such action; create, setup, train, status, logs, fetch or delete" 2 ;;
+esac
+name=${1:-}
+[[ $name =~ ^[a-z]([a-z0-9-]{0,60}[a-z0-9])?$ ]] ||
+  fail "NAME: ${name:-it is missing}; lower case letters, digits and hyphens, as in my-tpu" 2
+shift
+while (($#)); do
+  case $1 in
+  --zone=*) zone=${1#*=} ;;
+  --project=*) project=${1#*=} ;;
+  --type=*) type=${1#*=} ;;
+  --bucket=*) bucket=${1#*=} ;;
+  --version=*) version=${1#*=} ;;
+  --valid_for=*) valid_for=${1#*=} ;;
+  --max_hours=*) max_hours=${1#*=} ;;
+  --copy=*) copies+=("${1#*=}") ;;
+  --shared=*) shared=${1#*=} ;;
+  --workdir=*) workdir=${1#*=} ;;
+  --spot) spot=1 ;;
+  --keep) keep=1 ;;
+  --dry_run) dry_run=1 ;;
+  --)
+    shift
+    training=("$@")
+    break
+    ;;
+  *) fail "$1: no such flag; --help lists them, and training's own stand behind --" 2 ;;
+  esac
+  shift
+done
+
+[[ -n $zone ]] || fail "--zone: it is missing; as in --zone=us-west4-a" 2
+[[ $max_hours =~ ^[0-9]+$ && $max_hours -gt 0 ]] ||
+  fail "--max_hours: $max_hours is not a whole number above 0" 2
+[[ -z $bucket || $bucket == gs://?* ]] || fail "--bucket: $bucket does not begin with gs://" 2
+bucket=${bucket%/}
+if [[ $action == create || $action == train ]]; then
+  [[ -n $type ]] || fail "--type: it is missing; as in --type=v5litepod-8" 2
+fi
+if [[ $action == train ]]; then
+  [[ -n $bucket ]] || fail "--bucket: it is missing; the run is kept there, as in gs://mine/runs/lora" 2
+  ((${#training[@]})) || fail "--: training's flags are missing; as in -- --config=configs/x.py" 2
+  [[ " ${training[*]}" != *" --workdir"* ]] ||
+    fail "--workdir: the run lies in --bucket; leave it out behind --" 2
+fi
+[[ -n $dry_run ]] || command -v gcloud >/dev/null ||
+  fail "gcloud: it is not installed; see cloud.google.com/sdk" 2
+
+if [[ -z $version ]]; then
+  case $type in
+  v5litepod-* | v5p-*) version=v2-alpha-tpuv5-lite ;;
+  v6e-*) version=v2-alpha-tpuv6e ;;
+  *) version=tpu-ubuntu2204-base ;;
+  esac
+  [[ $type == v5p-* ]] && version=v2-alpha-tpuv5
+fi
+place=(--zone="$zone")
+[[ -z $project ]] || place+=(--project="$project")
+
+# Prints a command, and runs it unless that is not wanted.
+run() {
+  printf '+'
+  printf ' %q' "$@"
+  printf '\n'
+  [[ -n $dry_run ]] || "$@"
+}
+
+vm() {
+  gcloud compute tpus tpu-vm "$@" "${place[@]}"
+}
+
+on_hosts() { # WORKERS COMMAND
+  run gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --worker="$1" --command="$2"
+}
+
+words() { # as one line that a shell reads back as the same words
+  local line
+  printf -v line '%q ' "$@"
+  printf '%s' "${line% }"
+}
+
+state() { # of the request: ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, ...; NONE where there is none
+  local found
+  found=$(gcloud compute tpus queued-resources describe "$name" "${place[@]}" \
+    --format='value(state.state)' 2>/dev/null) || found=NONE
+  echo "${found:-NONE}"
+}
+
+create() {
+  local options=(--node-id="$name" --accelerator-type="$type" --runtime-version="$version"
+    --valid-until-duration="$valid_for" --scopes=cloud-platform)
+  [[ -z $spot ]] || options+=(--spot)
+  run gcloud compute tpus queued-resources create "$name" "${place[@]}" "${options[@]}"
+}
+
+delete() {
+  run gcloud compute tpus queued-resources delete "$name" "${place[@]}" --force --quiet
+}
+
+wait_until_active() {
+  local now
+  [[ -z $dry_run ]] || return 0
+  while true; do
+    now=$(state)
+    case $now in
+    ACTIVE) return 0 ;;
+    FAILED | SUSPENDED | SUSPENDING | NONE) return 1 ;;
+    esac
+    echo "$name: $now"
+    sleep "$poll"
+  done
+}
+
+setup() {
+  local archive remote
+  archive=$(mktemp -d)/pref_jax.tar.gz
+  run git -C "$repository" archive --format=tar.gz --output="$archive" HEAD &&
+    run gcloud compute tpus tpu-vm scp "$archive" "$name:pref_jax.tar.gz" "${place[@]}" \
+      --worker=all || return 1
+  rm -rf "$(dirname "$archive")"
+  remote='set -e; mkdir -p pref_jax; tar -xzf pref_jax.tar.gz -C pref_jax; cd pref_jax; '
+  remote+='bash -c "source launch/environment.sh && install tpu"'
+  on_hosts all "$remote"
+}
+
+hosts_of() {
+  [[ -z $dry_run ]] || {
+    echo 1
+    return
+  }
+  vm describe "$name" --format='value(networkEndpoints.len())'
+}
+
+start() { # HOURS
+  local hours=$1 folder=runs/$name remote count source
+  count=$(hosts_of) || return 1
+  if ((count > 1)); then
+    if [[ -z $shared ]]; then
+      echo "error: --shared: $name has $count hosts, which need one disk; name its folder" >&2
+      return 1
+    fi
+    folder=$shared/$name
+  fi
+  remote="set -e; cd pref_jax; rm -f exit_code; mkdir -p $(words "$folder"); "
+  for source in "${copies[@]}"; do
+    remote+="gcloud storage cp --recursive $(words "$source") .; "
+  done
+  # Where the bucket has nothing yet there is nothing to take from it.
+  remote+="gcloud storage rsync --recursive $(words "$bucket" "$folder") || true; "
+  # The last resort, should nobody be there to delete the VM.
+  remote+="sudo systemctl stop pref_jax_end.timer 2>/dev/null || true; "
+  remote+="sudo systemd-run --collect --unit=pref_jax_end --on-active=$((hours + 1))h "
+  remote+="gcloud compute tpus queued-resources delete $(words "$name" "${place[@]}") "
+  remote+="--force --quiet || true; "
+  remote+="setsid nohup bash launch/tpu_host.sh $(words "$folder" "$bucket") "
+  remote+="$(words --num_hosts=auto --config.train.max_hours="$hours" "${training[@]}") "
+  remote+="> train.log 2>&1 < /dev/null &"
+  on_hosts all "$remote"
+}
+
+exit_code() { # of training on the first host; empty while it goes on
+  vm ssh "$name" --worker=0 --command='cat pref_jax/exit_code 2>/dev/null || true' 2>/dev/null
+}
+
+# Waits for training. Prints its exit code, "lost" where the VM is gone or "late".
+watch() { # SECONDS, of this script, at which it has to be over
+  local code
+  while true; do
+    code=$(exit_code || true)
+    [[ ! $code =~ ^[0-9]+$ ]] || {
+      echo "$code"
+      return
+    }
+    [[ $(state) == ACTIVE ]] || {
+      echo lost
+      return
+    }
+    ((SECONDS < $1)) || {
+      echo late
+      return
+    }
+    sleep "$poll"
+  done
+}
+
+clean_up() {
+  if [[ -n $keep ]]; then
+    echo "$name is kept, and billed: ./launch/tpu_vm.sh delete $name --zone=$zone"
+  else
+    delete || echo "error: $name: it could not be deleted and is billed; delete it by hand" >&2
+  fi
+}
+
+is_training() {
+  [[ -z $dry_run && $(vm ssh "$name" --worker=0 \
+    --command='kill -0 "$(cat pref_jax/host_pid)" && echo yes || true' 2>/dev/null) == yes ]]
+}
+
+train() {
+  local result=lost end=$((SECONDS + max_hours * hour)) hours
+  while [[ $result == lost ]]; do
+    hours=$(((end - SECONDS + hour - 1) / hour))
+    ((hours > 0)) || {
+      [[ $(state) == NONE ]] || clean_up
+      fail "$name: --max_hours=$max_hours are over; the run is in $bucket"
+    }
+    if [[ -n $dry_run || $(state) != ACTIVE ]]; then
+      [[ -n $dry_run || $(state) == NONE ]] || delete
+      create || {
+        [[ $(state) == NONE ]] || clean_up
+        fail "$name: it could not be created; see the lines above"
+      }
+      wait_until_active || {
+        delete
+        [[ -n $spot ]] || fail "$name: no such TPU was given within $valid_for; try another zone"
+        echo "$name: it was not given, or taken away again; it is asked for again"
+        sleep "$poll"
+        continue
+      }
+    fi
+    if is_training || { setup && start "$hours"; }; then
+      [[ -z $dry_run ]] || {
+        clean_up
+        return
+      }
+      result=$(watch $((end + hour / 2)))
+    elif [[ $(state) == ACTIVE ]]; then
+      clean_up
+      fail "$name: it could not be set up; see the lines above"
+    fi
+    [[ $result != lost ]] || echo "$name: pre-empted; everything is made again from $bucket"
+  done
+  on_hosts 0 'tail -n 20 pref_jax/train.log' || true
+  clean_up
+  [[ $result != late ]] || fail "$name: training did not end within --max_hours=$max_hours"
+  echo "the run is in $bucket; exit code of training: $result"
+  return "$result"
+}
+
+fetch() {
+  [[ -n $bucket ]] || fail "--bucket: it is missing; the run is there" 2
+  local folder=${workdir:-runs/$name}
+  run mkdir -p "$folder"
+  run gcloud storage rsync --recursive "$bucket" "$folder"
+}
+
+case $action in
+create) create && { [[ -n $dry_run ]] || echo "$name: $(state)"; } ;;
+status)
+  [[ -n $dry_run ]] || echo "$name: $(state)"
+  on_hosts 0 'cd pref_jax && tail -n 1 train.log; cat exit_code 2>/dev/null || echo training'
+  ;;
+logs) on_hosts all 'tail -n 100 pref_jax/train.log' ;;
+*) "$action" ;;
+esac

@@ -1,0 +1,294 @@
+"""``launch/tpu_vm.sh`` beside a stand-in of gcloud, whose VM is a folder of this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rig import REPOSITORY
+
+# One request and its VM: `state` holds what it says of itself, `home` is the VM's disk.
+_GCLOUD = r"""#!{python}
+import json, os, pathlib, shutil, signal, subprocess, sys, tarfile
+root = pathlib.Path(os.environ["STAND_IN"])
+words = sys.argv[1:]
+with open(root / "calls", "a") as file:
+    file.write(json.dumps(words) + "\n")
+state, home = root / "state", root / "home"
+def option(name):
+    return next((w.split("=", 1)[1] for w in words if w.startswith(f"--{{name}}=")), None)
+def local(path):
+    return root / "bucket" / path[5:] if path.startswith("gs://") else pathlib.Path(path)
+def switch_off():
+    for place in pathlib.Path("/proc").glob("[0-9]*/cwd"):
+        try:
+            inside = pathlib.Path(os.readlink(place)).is_relative_to(home)
+        except OSError:
+            continue
+        if inside:
+            os.kill(int(place.parent.name), signal.SIGKILL)
+    shutil.rmtree(home, ignore_errors=True)
+fails = (root / "fails").read_text().split() if (root / "fails").exists() else []
+if any(word in fails for word in words):
+    sys.exit("stand-in: no")
+if (root / "taken").exists() and words[0] == "compute":
+    (root / "taken").unlink()
+    state.write_text("SUSPENDED")
+    switch_off()
+if words[:2] == ["storage", "rsync"]:
+    source, target = map(local, words[-2:])
+    if not source.exists():
+        sys.exit("no such place")
+    shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
+elif words[:2] == ["storage", "cp"]:
+    shutil.copy(local(words[-2]), words[-1])
+elif words[2] == "queued-resources":
+    if words[3] == "create":
+        state.write_text((root / "given").read_text())
+        home.mkdir(exist_ok=True)
+    elif words[3] == "describe":
+        print(state.read_text() if state.exists() else sys.exit("no such request"))
+    elif words[3] == "delete":
+        state.unlink()
+        switch_off()
+elif words[3] == "scp":
+    # What the archive holds is not for this machine; the part that is tried here goes in.
+    shutil.rmtree(root / "made", ignore_errors=True)
+    (root / "made/launch").mkdir(parents=True)
+    (root / "made/.venv/bin").mkdir(parents=True)
+    shutil.copy("{repository}/launch/tpu_host.sh", root / "made/launch")
+    (root / "made/launch/environment.sh").write_text("install() {{ touch installed_$1; }}\n")
+    (root / "made/launch/train.py").write_text((root / "train.py").read_text())
+    (root / "made/.venv/bin/python").symlink_to(sys.executable)
+    with tarfile.open(home / "pref_jax.tar.gz", "w:gz") as archive:
+        archive.add(root / "made", ".")
+elif words[3] == "ssh":
+    sys.exit(subprocess.run(["bash", "-c", option("command")], cwd=home).returncode)
+elif words[3] == "describe":
+    print((root / "hosts").read_text())
+"""
+# Counts to six, a step each 0.2 s, going on from what its folder holds.
+_TRAIN = r"""
+import json, pathlib, sys, time
+folder = pathlib.Path(next(w for w in sys.argv if w.startswith("--workdir=")).split("=", 1)[1])
+(folder / "arguments.json").write_text(json.dumps(sys.argv[1:]))
+(folder / ".lock").write_text("x")
+steps = folder / "steps"
+done = len(steps.read_text().split()) if steps.exists() else 0
+(folder / f"started_at_{done}").touch()
+for step in range(done, 6):
+    time.sleep(0.3)
+    with open(steps, "a") as file:
+        file.write(f"{step}\n")
+sys.exit(CODE)
+"""
+
+
+class StandIn:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        (root / "bin").mkdir()
+        (root / "bucket/b").mkdir(parents=True)
+        (root / "bucket/b/train.csv").write_text("id\n")
+        self.write("given", "ACTIVE")
+        self.write("hosts", "1")
+        self.write("train.py", _TRAIN.replace("CODE", "0"))
+        text = _GCLOUD.format(python=sys.executable, repository=REPOSITORY)
+        for name, content in (("gcloud", text), ("sudo", "#!/bin/sh\n"), ("hostname", "#!/bin/sh")):
+            (root / "bin" / name).write_text(content)
+            (root / "bin" / name).chmod(0o755)
+
+    def write(self, name: str, text: str) -> None:
+        (self.root / name).write_text(text)
+
+    def start(self, action: str, *flags: str) -> subprocess.Popen[str]:
+        environment = {
+            **os.environ,
+            "PATH": f"{self.root}/bin:{os.environ['PATH']}",
+            "STAND_IN": str(self.root),
+            "HOME": str(self.root),
+            "PREF_JAX_TPU_POLL": "0.2",
+            "PREF_JAX_COPY_SECONDS": "1",
+        }
+        return subprocess.Popen(
+            ["bash", str(REPOSITORY / "launch/tpu_vm.sh"), action, *flags],
+            env=environment | ({"PREF_JAX_TPU_HOUR": "2"} if "--max_hours=1" in flags else {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def call(self, action: str, *flags: str) -> tuple[int, str, str]:
+        process = self.start(action, *flags)
+        said, errors = process.communicate(timeout=60)
+        return process.returncode, said, errors
+
+    def calls(self, *words: str) -> list[list[str]]:
+        path = self.root / "calls"
+        lines = path.read_text().splitlines() if path.exists() else []
+        found = [json.loads(line) for line in lines]
+        return [call for call in found if set(words) <= set(call)]
+
+    @property
+    def bucket(self) -> Path:
+        return self.root / "bucket/b/run"
+
+    def has_vm(self) -> bool:
+        return (self.root / "state").exists()
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 30
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def cloud(tmp_path: Path) -> StandIn:
+    return StandIn(tmp_path)
+
+
+WHERE = ("my-tpu", "--zone=us-west4-a", "--type=v5litepod-8")
+TRAIN = (*WHERE, "--bucket=gs://b/run", "--copy=gs://b/train.csv")
+FLAGS = ("--", "--config=configs/llama_lora.py", "--config.data.train=my $file.csv")
+
+
+def test_all_of_it_and_nothing_left(cloud: StandIn) -> None:
+    code, said, errors = cloud.call("train", *TRAIN, *FLAGS)
+    assert code == 0, errors
+    assert not cloud.has_vm() and (cloud.bucket / "steps").read_text().split() == list("012345")
+    assert not (cloud.bucket / ".lock").exists()
+    assert json.loads((cloud.bucket / "arguments.json").read_text()) == [
+        "--workdir=runs/my-tpu",
+        "--num_hosts=auto",
+        "--config.train.max_hours=24",
+        *FLAGS[1:],
+    ]
+    (create,) = cloud.calls("queued-resources", "create")
+    assert {"--accelerator-type=v5litepod-8", "--valid-until-duration=6h"} <= set(create)
+    assert "--spot" not in create
+    (command,) = [c for c in cloud.calls("ssh") if "systemd-run" in c[-1]]
+    assert "--on-active=25h gcloud compute tpus queued-resources delete my-tpu" in command[-1]
+    # Everything that changes something was printed, so that a shell would read it back.
+    printed = [shlex.split(line[2:]) for line in said.splitlines() if line.startswith("+ gcloud")]
+    asked = [["gcloud", *call] for call in cloud.calls() if call[0] == "compute"]
+    for words in ("create", "delete", "scp"):
+        assert [call for call in asked if words in call] == [
+            call for call in printed if words in call
+        ]
+
+
+def test_a_pre_empted_run_goes_on_without_a_person(cloud: StandIn) -> None:
+    process = cloud.start("train", *TRAIN, "--spot", *FLAGS)
+    steps = cloud.bucket / "steps"
+    cloud.wait_for(lambda: steps.exists() and steps.read_text().count("\n") >= 2)
+    cloud.write("taken", "")
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "pre-empted" in said and not cloud.has_vm()
+    assert len(cloud.calls("queued-resources", "create", "--spot")) == 2
+    assert steps.read_text().split() == list("012345")
+    assert len(list(cloud.bucket.glob("started_at_*"))) == 2  # once from 0, once from the bucket
+
+
+def test_training_that_fails_leaves_nothing_running(cloud: StandIn) -> None:
+    cloud.write("train.py", _TRAIN.replace("CODE", "1"))
+    code, _, _ = cloud.call("train", *TRAIN, *FLAGS)
+    assert code == 1 and not cloud.has_vm() and (cloud.bucket / "steps").exists()
+
+
+def test_the_time_is_over(cloud: StandIn) -> None:
+    cloud.write("train.py", "import time; time.sleep(20)")
+    code, _, errors = cloud.call("train", *TRAIN, "--max_hours=1", *FLAGS)
+    assert code == 1 and "did not end within --max_hours=1" in errors and not cloud.has_vm()
+
+
+def test_it_may_be_kept(cloud: StandIn) -> None:
+    code, said, _ = cloud.call("train", *TRAIN, "--keep", *FLAGS)
+    assert code == 0 and cloud.has_vm() and "kept, and billed" in said
+    assert cloud.call("delete", *WHERE)[0] == 0 and not cloud.has_vm()
+
+
+@pytest.mark.parametrize("step", ["create", "scp"])
+def test_what_cannot_be_made_leaves_nothing(cloud: StandIn, step: str) -> None:
+    cloud.write("fails", step)
+    code, _, errors = cloud.call("train", *TRAIN, *FLAGS)
+    assert code == 1 and not cloud.has_vm() and "error: my-tpu: it could not be" in errors
+
+
+def test_a_request_that_is_not_given_is_taken_back(cloud: StandIn) -> None:
+    cloud.write("given", "FAILED")
+    code, _, errors = cloud.call("train", *TRAIN, *FLAGS)
+    assert code == 1 and "try another zone" in errors and not cloud.has_vm()
+
+
+def test_several_hosts_need_one_disk(cloud: StandIn) -> None:
+    cloud.write("hosts", "4")
+    code, _, errors = cloud.call("train", *TRAIN, *FLAGS)
+    assert code == 1 and "has 4 hosts" in errors and not cloud.has_vm()
+    shared = cloud.root / "shared"
+    assert cloud.call("train", *TRAIN, f"--shared={shared}", *FLAGS)[0] == 0
+    assert (shared / "my-tpu/steps").exists()
+
+
+def test_single_actions(cloud: StandIn) -> None:
+    assert cloud.call("create", *WHERE, "--spot", "--version=v9")[0] == 0
+    assert cloud.calls("create", "--spot", "--runtime-version=v9")
+    assert cloud.call("setup", *WHERE)[0] == 0
+    assert (cloud.root / "home/pref_jax/installed_tpu").exists()
+    (cloud.root / "home/pref_jax/train.log").write_text("step 7\n")
+    code, said, _ = cloud.call("status", *WHERE)
+    assert code == 0 and "my-tpu: ACTIVE" in said and "step 7" in said and "training" in said
+    assert "step 7" in cloud.call("logs", *WHERE)[1]
+    cloud.bucket.mkdir()
+    (cloud.bucket / "result.json").write_text("{}")
+    folder = cloud.root / "mine"
+    assert cloud.call("fetch", *WHERE, "--bucket=gs://b/run", f"--workdir={folder}")[0] == 0
+    assert (folder / "result.json").exists()
+    assert cloud.call("delete", *WHERE)[0] == 0 and not cloud.has_vm()
+
+
+def test_a_dry_run_calls_nobody(cloud: StandIn) -> None:
+    for action in ("create", "setup", "status", "logs", "delete"):
+        code, said, _ = cloud.call(action, *WHERE, "--dry_run")
+        assert code == 0 and said.startswith("+ ")
+    code, said, _ = cloud.call("train", *TRAIN, "--dry_run", *FLAGS)
+    kinds = [
+        re.sub(r"^\+ (\S+ )?.*?(create|archive|scp|ssh|delete) .*", r"\2", line)
+        for line in said.splitlines()
+    ]
+    assert code == 0 and kinds == ["create", "archive", "scp", "ssh", "ssh", "delete"]
+    assert cloud.calls() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["fly", "my-tpu"], "fly: no such action"),
+        (["create"], "NAME: it is missing"),
+        (["create", "My_TPU", "--zone=z"], "NAME: My_TPU"),
+        (["create", "x; rm -rf ~", "--zone=z"], "NAME: x; rm"),
+        (["create", "my-tpu", "--type=v5litepod-8"], "--zone: it is missing"),
+        (["create", "my-tpu", "--zone=z"], "--type: it is missing"),
+        (["train", *WHERE, *FLAGS], "--bucket: it is missing"),
+        (["train", *WHERE, "--bucket=mine", *FLAGS], "does not begin with gs://"),
+        (["train", *TRAIN], "training's flags are missing"),
+        (["train", *TRAIN, *FLAGS, "--workdir=x"], "the run lies in --bucket"),
+        (["train", *TRAIN, "--max_hours=0.5", *FLAGS], "not a whole number"),
+        (["train", *TRAIN, "--config=configs/x.py"], "--config=configs/x.py: no such flag"),
+        (["fetch", *WHERE], "--bucket: it is missing"),
+    ],
+)
+def test_wrong_use_is_one_line(cloud: StandIn, arguments: list[str], said: str) -> None:
+    code, _, errors = cloud.call(*arguments)
+    assert code == 2 and errors.count("\n") == 1
+    assert errors.startswith("error: ") and said in errors
+    assert cloud.calls() == []
