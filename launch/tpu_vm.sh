@@ -254,7 +254,7 @@ clean_up() {
 
 is_training() {
   [[ -z $dry_run && $(vm ssh "$name" --worker=0 \
-    --command='kill -0 "$(cat pref_jax/host_pid)" && echo yes || true' 2>/dev/null) == yes ]]
+    --command="kill -0 \"\$(cat pref_jax/host_pid)\" && echo yes || true" 2>/dev/null) == yes ]]
 }
 
 train() {
