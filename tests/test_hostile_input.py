@@ -32,6 +32,7 @@ from pref_jax.weights.huggingface import read_architecture
 
 fuzz = settings(
     max_examples=int(os.environ.get("PREF_JAX_FUZZ", "300")),
+    derandomize="PREF_JAX_FUZZ" not in os.environ,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -259,6 +259,14 @@ def tokenizer_folder(path: Path) -> Path:
             str(path), f"it has {len(tokens)} tokens and types of {len(types)}", _FETCH
         )
 
+    ends = {}
+    for name in ("bos", "eos"):
+        if (field := f"tokenizer.ggml.{name}_token_id") in reader.fields:
+            number = _field(path, reader, field)
+            if not isinstance(number, int) or not 0 <= number < len(tokens):
+                raise InputError(str(path), f"its field {field} is {number!r}", _FETCH)
+            ends[f"{name}_token"] = tokens[number]
+
     def make(folder: Path) -> None:
         folder.mkdir()
         special = [number for number, kind in enumerate(types) if int(kind) == _CONTROL]
@@ -298,11 +306,7 @@ def tokenizer_folder(path: Path) -> Path:
             },
         }
         write_json(folder / "tokenizer.json", content)
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
-        for name in ("bos", "eos"):
-            number = reader.fields.get(f"tokenizer.ggml.{name}_token_id")
-            if number is not None:
-                settings[f"{name}_token"] = tokens[int(number.contents())]
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **ends}
         write_json(folder / "tokenizer_config.json", settings)
 
     return cache.entry("vocabularies", f"gguf-1-{digest}", make)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import tracemalloc
 from pathlib import Path
@@ -60,7 +61,10 @@ def test_the_file_is_whole(whole: bytes, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @settings(
-    max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=int(os.environ.get("PREF_JAX_FUZZ", "1500")),
+    derandomize="PREF_JAX_FUZZ" not in os.environ,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(data=st.data())
 def test_damage_is_one_line_and_takes_no_memory(
