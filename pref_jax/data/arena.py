@@ -379,9 +379,9 @@ def _parquet_rows(path: str, file: IO[bytes]) -> _Rows:
     damaged = InputError(path, "damaged Parquet file", "write or download it again")
     try:
         source = parquet.ParquetFile(file)
-    except (pa.ArrowException, OSError) as error:
+        columns = source.schema_arrow.names
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise damaged from error
-    columns = source.schema_arrow.names
     known = [name for name in columns if name in {"id", *TEXTS, *LABELS, *_OPTIONAL, *_EXTRAS}]
 
     def cells() -> Iterator[Sequence[Any]]:
@@ -389,7 +389,7 @@ def _parquet_rows(path: str, file: IO[bytes]) -> _Rows:
             for batch in source.iter_batches(batch_size=256, columns=known):
                 lists = [batch.column(name).to_pylist() for name in known]
                 yield from zip(*lists, strict=True)
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
             raise damaged from error
 
     # An unknown column is not read at all; only known ones line up with the cells.
