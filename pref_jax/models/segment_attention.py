@@ -22,7 +22,6 @@ from pref_jax.models.dropout import keep_elements, site_seeds
 
 # Widths at which segments are cut out. More of them would waste less and compile longer.
 _WIDTHS = (64, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
-_NARROW = 128  # up to this width a transposed copy costs more than it saves
 _MASKED = np.float32(-1e30)
 
 
@@ -160,14 +159,6 @@ def _product(form: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum(form, x, y.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
-def _sum_over_queries(x_NxQxK: jax.Array, y_NxQxH: jax.Array) -> jax.Array:
-    if x_NxQxK.shape[1] <= _NARROW:
-        return _product("nqk,nqh->nkh", x_NxQxK, y_NxQxH)
-    # Batched products over the first axis of both operands run at a third of the speed of others.
-    x_NxKxQ = lax.optimization_barrier(x_NxQxK.swapaxes(1, 2))
-    return _product("nkq,nqh->nkh", x_NxKxQ, y_NxQxH)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _attend(
     query_NxFxH: jax.Array,
@@ -238,8 +229,8 @@ def _attend_backward(sizes: tuple[int, int], rate: float, saved: Any, d_out: jax
         d_scores = (weights * (d_weights - shift) * scale).astype(dtype)
         parts = (
             _product("nqk,nkh->nqh", d_scores, part_key),
-            _sum_over_queries(d_scores, part_query),
-            _sum_over_queries(dropped.astype(dtype), part_out),
+            _product("nqk,nqh->nkh", d_scores, part_query),
+            _product("nqk,nqh->nkh", dropped.astype(dtype), part_out),
         )
         return tuple(
             cut.put(total, cut.of(total) + part) for total, part in zip(carry, parts, strict=True)
