@@ -52,6 +52,10 @@ def attend(
     scores_BxNxQxK -= lax.stop_gradient(scores_BxNxQxK.max(axis=-1, keepdims=True))
     weights_BxNxQxK = jnp.exp(scores_BxNxQxK)
     weights_BxNxQxK /= weights_BxNxQxK.sum(axis=-1, keepdims=True)
+    if dropout_rate and seeds is not None:
+        # Several units of 1,024 tokens crash the TPU compiler (libtpu 0.0.42.1) where it fuses the
+        # softmax with dropout and the product. The backward pass keeps these weights anyway.
+        weights_BxNxQxK = lax.optimization_barrier(weights_BxNxQxK)
     weights_BxNxQxK = dropout(weights_BxNxQxK, dropout_rate, seeds, site)
     return jnp.einsum(
         "bnqk,bknh->bqnh",

@@ -5,9 +5,12 @@ nothing else, so the same row sees the same mask on 1 or 8 devices and with any 
 the compiler fuses the hash into the multiplication: no random array is ever stored.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 # Multipliers of the "lowbias32" integer hash (C. Wellons, "Prospecting for hash functions").
 _FIRST_MULTIPLIER = np.uint32(0x7FEB352D)
@@ -52,12 +55,21 @@ def dropout(x: jax.Array, rate: float, seeds: jax.Array | None, site: jax.Array 
     """
     if seeds is None or rate == 0.0:
         return x
-    index = jnp.arange(int(np.prod(x.shape[1:])), dtype=jnp.uint32).reshape(x.shape[1:])
+    index = _index(x.shape[1:])
     first, second = (
         word.reshape(x.shape[:1] + (1,) * (x.ndim - 1)) for word in site_seeds(seeds, site).T
     )
     keep = keep_elements(index[None], first, second, rate)
     return jnp.where(keep, x * jnp.asarray(1.0 / (1.0 - rate), x.dtype), jnp.zeros((), x.dtype))
+
+
+def _index(shape: tuple[int, ...]) -> jax.Array:
+    """Each element's number. Counted per axis: TPUs' compiler cannot cut a long count to shape."""
+    index = jnp.zeros(shape, jnp.uint32)
+    for axis in range(len(shape)):
+        stride = np.uint32(math.prod(shape[axis + 1 :]) & 0xFFFFFFFF)
+        index += lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
+    return index
 
 
 def site_seeds(seeds: jax.Array, site: jax.Array | int) -> jax.Array:
