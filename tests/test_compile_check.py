@@ -3,7 +3,10 @@
 import importlib.util
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -193,3 +196,35 @@ def test_estimates_grow_as_they_must() -> None:
     whole = estimate(make(mesh__fsdp=1, mesh__data=-1))
     assert whole.interconnect_bytes == 0 < base.interconnect_bytes
     np.testing.assert_allclose(whole.flops, base.flops)
+
+
+_LONG_UNITS = """
+import jax, jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+from pref_jax.compile_check import topology_devices
+from pref_jax.hardware import parse_topology
+from pref_jax.models.attention import attend
+
+place = SingleDeviceSharding(topology_devices(parse_topology("v5e-8"))[0])
+shapes = [((2, 1024, 12, 64), "bfloat16")] * 3 + [((2, 1024), "int32"), ((2, 2), "uint32")]
+
+def run(query, key, value, segments, seeds):
+    return attend(query, key, value, segments, segments, dropout_rate=0.1, seeds=seeds, site=3)
+
+arguments = [jax.ShapeDtypeStruct(*shape, sharding=place) for shape in shapes]
+jax.jit(run).lower(*arguments).compile()
+"""
+
+
+@needs_libtpu
+def test_dropout_over_several_long_units_compiles() -> None:
+    """A part of `parallel_bert` that once crashed the compiler, hence a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", _LONG_UNITS],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
