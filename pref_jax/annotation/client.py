@@ -283,7 +283,8 @@ def _find_secret(key: str) -> re.Pattern[bytes] | None:
     if len(key) < _SHORTEST_SECRET:
         return None
     characters = [
-        rf"(?:\\*{re.escape(character)}|\\+u(?i:{ord(character):04x})|%(?i:{ord(character):02x}))"
+        rf"(?:\\{{0,8}}{re.escape(character)}"
+        rf"|\\{{1,8}}u(?i:{ord(character):04x})|%(?i:{ord(character):02x}))"
         for character in key
     ]
     start = max(_SHORTEST_SECRET, len(key) // 4)
