@@ -17,9 +17,9 @@ echo "$$" >host_pid
 
 copy() {
   [[ $(hostname) == *-w-0 || $(hostname) != *-w-* ]] || return 0
-  gcloud storage rsync --recursive --exclude='(^|.*/)\.[^/]*$' "$folder" "$bucket" &&
-    gcloud storage rsync --recursive --exclude='(^|.*/)\.[^/]*$' \
-      --delete-unmatched-destination-objects "$folder" "$bucket"
+  local rsync=(gcloud storage rsync --recursive --exclude='(^|.*/)\.[^/]*$')
+  "${rsync[@]}" "$folder" "$bucket" &&
+    "${rsync[@]}" --delete-unmatched-destination-objects "$folder" "$bucket"
 }
 
 .venv/bin/python launch/train.py --workdir="$folder" "$@" &
@@ -33,7 +33,7 @@ while is_training; do
   for ((second = 0; second < every; second++)); do
     is_training && sleep 1
   done
-  copy
+  is_training && copy
 done
 wait "$training"
 code=$?

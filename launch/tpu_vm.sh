@@ -12,7 +12,7 @@
 # starts the training command, copies the run to the bucket every minute, and makes everything again
 # from there when the VM was pre-empted. When training has ended, well or badly, or the time is up,
 # it deletes the VM, so that nothing is left running; `--keep` leaves it. The VM deletes itself one
-# hour after --max_hours in any case, so this machine may be switched off.
+# hour after --max_hours, if its service account may, so this machine may be switched off.
 #
 #   --project=P      the Cloud project                       --version=V   the VM's runtime
 #   --valid_for=6h   how long a request may wait              --workdir=DIR where `fetch` puts the run
@@ -109,11 +109,11 @@ fi
 
 if [[ -z $version ]]; then
   case $type in
-  v5litepod-* | v5p-*) version=v2-alpha-tpuv5-lite ;;
+  v5litepod-*) version=v2-alpha-tpuv5-lite ;;
+  v5p-*) version=v2-alpha-tpuv5 ;;
   v6e-*) version=v2-alpha-tpuv6e ;;
   *) version=tpu-ubuntu2204-base ;;
   esac
-  [[ $type == v5p-* ]] && version=v2-alpha-tpuv5
 fi
 place=(--zone="$zone")
 [[ -z $project ]] || place+=(--project="$project")
@@ -173,12 +173,13 @@ wait_until_active() {
 }
 
 setup() {
-  local archive remote
+  local archive remote code=0
   archive=$(mktemp -d)/pref_jax.tar.gz
   run git -C "$repository" archive --format=tar.gz --output="$archive" HEAD &&
     run gcloud compute tpus tpu-vm scp "$archive" "$name:pref_jax.tar.gz" "${place[@]}" \
-      --worker=all || return 1
+      --worker=all || code=$?
   rm -rf "$(dirname "$archive")"
+  ((code == 0)) || return 1
   remote='set -e; mkdir -p pref_jax; tar -xzf pref_jax.tar.gz -C pref_jax; cd pref_jax; '
   remote+='bash -c "source launch/environment.sh && install tpu"'
   on_hosts all "$remote"
@@ -258,15 +259,17 @@ is_training() {
 }
 
 train() {
-  local result=lost end=$((SECONDS + max_hours * hour)) hours
+  local result=lost end=$((SECONDS + max_hours * hour)) hours now
   while [[ $result == lost ]]; do
     hours=$(((end - SECONDS + hour - 1) / hour))
     ((hours > 0)) || {
       [[ $(state) == NONE ]] || clean_up
       fail "$name: --max_hours=$max_hours are over; the run is in $bucket"
     }
-    if [[ -n $dry_run || $(state) != ACTIVE ]]; then
-      [[ -n $dry_run || $(state) == NONE ]] || delete
+    now=NONE
+    [[ -n $dry_run ]] || now=$(state)
+    if [[ $now != ACTIVE ]]; then
+      [[ $now == NONE ]] || delete
       create || {
         [[ $(state) == NONE ]] || clean_up
         fail "$name: it could not be created; see the lines above"

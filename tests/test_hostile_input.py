@@ -23,7 +23,7 @@ from safetensors.numpy import save
 from pref_jax.annotation.properties import DEFAULT_FILE, load_properties
 from pref_jax.annotation.ratings import read_ratings
 from pref_jax.config import check, default_config, encoder_config, llama_config, rating_config
-from pref_jax.config_file import override
+from pref_jax.config_file import _field_types, override
 from pref_jax.data.arena import read_comparisons
 from pref_jax.errors import InputError, RunError
 from pref_jax.experiment import read_config
@@ -175,20 +175,6 @@ def test_configs_of_runs(tmp_path: Path, data: st.DataObject) -> None:
     )
 
 
-def _fields() -> list[str]:
-    def walk(section: Any, prefix: str) -> list[str]:
-        names = []
-        for name in section:
-            value = section[name]
-            if hasattr(value, "to_dict"):
-                names += walk(value, f"{prefix}{name}.")
-            else:
-                names.append(prefix + name)
-        return names
-
-    return walk(default_config(), "")
-
-
 @fuzz
 @given(data=st.data())
 def test_fields_on_the_command_line(data: st.DataObject) -> None:
@@ -209,7 +195,11 @@ def test_fields_on_the_command_line(data: st.DataObject) -> None:
         st.sampled_from(["none", "true", "(0.1,0.9)", "((((", "1e400", "0x10", "[1]*99", "１", ""]),
     )
     try:
-        for name in data.draw(st.lists(st.sampled_from(_fields()), min_size=1, max_size=3)):
+        for name in data.draw(
+            st.lists(
+                st.sampled_from(sorted(_field_types(default_config()))), min_size=1, max_size=3
+            )
+        ):
             override(config, name, data.draw(texts))
         check(config)
     except InputError as error:

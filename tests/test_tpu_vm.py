@@ -75,7 +75,7 @@ elif words[3] == "ssh":
 elif words[3] == "describe":
     print((root / "hosts").read_text())
 """
-# Counts to six, a step each 0.2 s, going on from what its folder holds.
+# Counts to six, a step each 0.3 s, going on from what its folder holds.
 _TRAIN = r"""
 import json, pathlib, sys, time
 folder = pathlib.Path(next(w for w in sys.argv if w.startswith("--workdir=")).split("=", 1)[1])

@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -26,13 +26,10 @@ _BEGINNING = b'{"id": '  # of every line
 
 def read_keys(path: Path) -> set[str]:
     """Keys of the ratings at hand, replaced ones among them, whoever is writing the file."""
-    keys = set()
-    for file in (path, path.with_name(f"{path.name}.replaced")):
-        if file.is_file():
-            for line in file.read_bytes().split(b"\n"):
-                with contextlib.suppress(ValueError, KeyError, TypeError):
-                    keys.add(str(json.loads(line)["key"]))
-    return keys
+    files = (path, path.with_name(f"{path.name}.replaced"))
+    return {
+        str(entry["key"]) for file in files for _, entry in _read_entries(file) if "key" in entry
+    }
 
 
 def refuse_paid_ratings(path: Path) -> None:
@@ -41,17 +38,24 @@ def refuse_paid_ratings(path: Path) -> None:
     Raises:
       InputError: there are such ratings in the file.
     """
-    if not path.is_file():
-        return
-    for line in path.read_bytes().split(b"\n"):
-        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-            entry = json.loads(line)
+    for _, entry in _read_entries(path):
+        with contextlib.suppress(KeyError, TypeError, AttributeError):
             if entry["cost"] > 0 or any(entry["tokens"].values()):
                 raise InputError(
                     str(path),
                     f"holds ratings by the judge {entry['model']!r}",
                     "name another file with --output",
                 )
+
+
+def _read_entries(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Lines, and the objects on them, of a file that need not be whole or there."""
+    if not path.is_file():
+        return
+    for line in path.read_bytes().split(b"\n"):
+        with contextlib.suppress(ValueError, RecursionError):
+            if isinstance(entry := json.loads(line), dict):
+                yield line, entry
 
 
 class Store:
@@ -177,12 +181,10 @@ class Store:
                 self._take(bool(kind), entry, line + b"\n")
         for content, file in zip(contents, self._files, strict=True):  # all of it is ours
             _mend_end(content, file)
-        if self._replaced.exists():
-            for line in self._replaced.read_bytes().split(b"\n"):
-                with contextlib.suppress(ValueError, AttributeError, InputError):
-                    entry = json.loads(line)
-                    check_entry("", entry, rated=True)
-                    self._by_key.setdefault(str(entry.get("key")), line)
+        for line, entry in _read_entries(self._replaced):
+            with contextlib.suppress(InputError):
+                check_entry("", entry, rated=True)
+                self._by_key.setdefault(str(entry.get("key")), line)
 
     def _take(self, failure: bool, entry: Mapping[str, Any], line: bytes) -> None:
         place = (str(entry["id"]), str(entry["side"]))
@@ -265,10 +267,11 @@ class Store:
             ],
             [line for place, line in self._failed.items() if place not in self._wanted],
         ]
-        known = self._replaced.read_bytes() if self._replaced.exists() else b""
-        there = set(known.splitlines(keepends=True))
-        if new := [line for line in left if line not in there]:
-            write_durably(self._replaced, known + b"".join(new))
+        if left:
+            known = self._replaced.read_bytes() if self._replaced.exists() else b""
+            there = set(known.splitlines(keepends=True))
+            if new := [line for line in left if line not in there]:
+                write_durably(self._replaced, known + b"".join(new))
         for path, lines in zip(
             self._paths, (chosen + others[0], failures + others[1]), strict=True
         ):

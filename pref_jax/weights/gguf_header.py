@@ -16,7 +16,6 @@ _STRING, _ARRAY = 8, 9
 # Bytes of a value by the number of its type; a string or an array takes at least its own length.
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 8: 8, 9: 12, 10: 8, 11: 8, 12: 8}
 _MOST_AXES = 4
-_LEAST_BITS = 1  # of an element, in the coarsest quantisation
 
 
 class HeaderError(Exception):
@@ -50,38 +49,32 @@ class _Header:
         for _ in range(fields):
             self._skip_string()
             (kind,) = self._numbers("I")
-            self._skip_value(kind)
+            self._skip_values(kind, 1)
         for _ in range(tensors):
             self._skip_string()
             (axes,) = self._numbers("I")
             if axes > _MOST_AXES:
                 raise HeaderError(f"a tensor has {axes} axes")
             shape = self._numbers("Q" * axes)
-            if math.prod(shape) * _LEAST_BITS > 8 * self._size:
+            if math.prod(shape) > 8 * self._size:  # no element takes less than a bit
                 raise HeaderError("a tensor is larger than the file")
             self._numbers("IQ")  # type and place; whether it ends in the file is the reader's
 
-    def _skip_value(self, kind: int, depth: int = 0) -> None:
+    def _skip_values(self, kind: int, count: int, depth: int = 0) -> None:
         if kind not in _SIZES:
             raise HeaderError(f"a field has the unknown type {kind}")
+        self._fits(count * _SIZES[kind])
         if kind == _STRING:
-            self._skip_string()
-        elif kind == _ARRAY:
-            self._skip_array(depth)
-        else:
-            self._skip(_SIZES[kind])
-
-    def _skip_array(self, depth: int) -> None:
-        if depth > 1:
-            raise HeaderError("a field is a list of lists of lists")
-        kind, count = self._numbers("IQ")
-        size = _SIZES.get(kind, 1)
-        self._fits(count * size)
-        if kind in (_STRING, _ARRAY) or kind not in _SIZES:
             for _ in range(count):
-                self._skip_value(kind, depth + 1)
+                self._skip_string()
+        elif kind == _ARRAY:
+            if depth > 1:
+                raise HeaderError("a field is a list of lists of lists")
+            for _ in range(count):
+                inner, length = self._numbers("IQ")
+                self._skip_values(inner, length, depth + 1)
         else:
-            self._skip(count * size)
+            self._skip(count * _SIZES[kind])
 
     def _skip_string(self) -> None:
         (length,) = self._numbers("Q")

@@ -91,7 +91,8 @@ class Judge:
     ) -> None:
         self.answer = answer or (lambda body, times: json.dumps(rate(body)))
         self.faults, self.modes, self.seconds, self.hang = faults, modes, seconds, hang
-        self.status, self.error, self.usage = status, error, usage
+        self.status, self.error = status, error
+        self.usage = {"prompt_tokens": 1000, "completion_tokens": 200} if usage is True else usage
         self.retry_after = retry_after
         self.refuse: Callable[[str], tuple[int, dict[str, Any]] | None] = lambda texts: None
         self.asked: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
@@ -194,8 +195,6 @@ class Judge:
         reply: dict[str, Any] = {"choices": [{"message": {"content": text}}]}
         reply["choices"][0]["finish_reason"] = "stop"
         if self.usage:
-            reply["usage"] = {"prompt_tokens": 1000, "completion_tokens": 200}
-        if isinstance(self.usage, dict):
             reply["usage"] = self.usage
         return _send(handler, 200, reply, half=fault == "half_body")
 
