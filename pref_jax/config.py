@@ -24,6 +24,7 @@ CHOICES = {
     "input.truncation": ("head", "tail", "head_tail"),
     "input.packing": ("auto", "on", "off"),
     "input.tokenizer": ("auto", "tensorflow_text", "tokenizers"),
+    "model.pooling": ("cls", "mean", "cls_mean"),
     "model.family": ("bert", "distilbert", "llama"),
     "model.quantization": ("none", "int8", "nf4"),
     "train.schedule": ("linear", "constant", "cosine"),
@@ -63,6 +64,7 @@ def default_config() -> ConfigDict:
     config.data.fold = placeholder(int)  # 0 to folds - 1: cross-validation, this part held out
     config.data.folds = 5  # parts of the grouped cross-validation
     config.data.swap = "none"  # "augment": random order per epoch; "both": each row in both orders
+    config.data.soft_labels = placeholder(str)  # a teacher's probabilities; CSV as predict writes
 
     config.input = ConfigDict()
     config.input.layout = "single"  # sequences of a row: single 1, parallel 2; response: one side
@@ -82,6 +84,11 @@ def default_config() -> ConfigDict:
     config.model.init_from = placeholder(str)  # a workdir whose encoder to start from
     config.model.frozen_layers = 0  # how many of the first encoder layers are not trained
     config.model.head_dropout = 0.1  # on the pooled state
+    # Exchanging A and B exchanges their probabilities, by construction. parallel: a score of each
+    # response; single and decoder: both orders of a row are read, for twice the work.
+    config.model.symmetric = False
+    config.model.pooling = "cls"  # of an encoder's states: [CLS], the mean over tokens, or both
+    config.model.length_features = False  # the head is told how long the responses are, uncut
     config.model.quantization = "none"  # of LLaMA's frozen projections
     config.model.lora = ConfigDict()  # adapters beside LLaMA's projections
     config.model.lora.rank = 0  # 0: no adapters, all weights train
@@ -120,6 +127,12 @@ def default_config() -> ConfigDict:
     config.train.schedule = "linear"  # after the warm-up, down to zero at the last update
     config.train.clip_norm = 1.0  # of the whole gradient; 0: no clipping
     config.train.layer_decay = 1.0  # factor on the rate per layer, counted from the top
+    config.train.ema = (
+        0.0  # decay per update of a moving average of the weights, which is then used
+    )
+    config.train.distill_weight = (
+        0.5  # of the teacher in data.soft_labels; the labels have the rest
+    )
     config.train.precision = "auto"  # by what the device is good at
     config.train.remat = "none"  # what the backward pass computes again to save memory
 
@@ -379,6 +392,7 @@ def check(config: ConfigDict) -> None:
     _check_data(config)
     _check_input(config)
     _check_model(config.model)
+    _check_head(config)
     _check_mesh(config.mesh)
 
 
@@ -407,6 +421,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "train.weight_decay": (0, _ANY),
     "train.warmup_steps": (0, 2**31 - 1),
     "train.clip_norm": (0, _ANY),
+    "train.distill_weight": (0, 1),
+    "train.ema": (0, 0.999999),
     "eval.every_steps": (1, 2**31 - 1),
     "checkpoint.every_steps": (1, 2**31 - 1),
     "checkpoint.keep": (1, 10_000),
@@ -440,6 +456,16 @@ def _check_data(config: ConfigDict) -> None:
                 f"layout {config.input.layout} learns preferences, not ratings",
                 "leave it out, or train configs/multitask_bert.py",
             )
+    if data.swap != "none" and config.model.symmetric:
+        raise InputError(
+            "--config.data.swap",
+            f"{data.swap} exchanges two responses, which a symmetric model cannot tell apart",
+            "set it to none, or model.symmetric to false",
+        )
+    if data.soft_labels is not None and is_rated:
+        raise InputError(
+            "--config.data.soft_labels", "layout response learns ratings", "leave it out"
+        )
     if not 0 < data.valid_fraction < 1:
         raise InputError(
             "--config.data.valid_fraction",
@@ -536,6 +562,26 @@ def _check_model(model: ConfigDict) -> None:
             f"{model.frozen_layers} of {model.config.num_layers} layers",
             f"it can be 0 to {model.config.num_layers}",
         )
+
+
+def _check_head(config: ConfigDict) -> None:
+    model, layout = config.model, config.input.layout
+    if layout == "response":
+        for name in ("symmetric", "length_features"):
+            if model[name]:
+                raise InputError(
+                    f"--config.model.{name}",
+                    "layout response reads one response at a time",
+                    "set it to false",
+                )
+    if layout == "decoder":
+        for name, default in (("pooling", "cls"), ("length_features", False)):
+            if model[name] != default:
+                raise InputError(
+                    f"--config.model.{name}",
+                    "it is for encoders; a decoder is judged by its last token's state alone",
+                    "leave it out",
+                )
 
 
 def _check_mesh(mesh: ConfigDict) -> None:

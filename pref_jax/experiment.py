@@ -41,7 +41,12 @@ from pref_jax.models.rope import RopeConfig
 from pref_jax.training.checkpoints import Checkpoints
 from pref_jax.training.precision import choose_precision
 from pref_jax.training.state import is_adapter, split_parameters, trainable_above
-from pref_jax.training.tasks import Task, make_rating_task, preference_task
+from pref_jax.training.tasks import (
+    Task,
+    make_distillation_task,
+    make_rating_task,
+    preference_task,
+)
 from pref_jax.training.workdir import Workdir
 
 if TYPE_CHECKING:
@@ -311,7 +316,7 @@ class Experiment:
         packing = config.input.packing
         self.geometry: Geometry = make_geometry(
             self.layout.max_length,
-            self.layout.sides,
+            self.sides,
             packing=packing == "on" or (packing == "auto" and self.attention != "cudnn"),
             label_shape=(len(self.properties.ratings),) if self.properties else (),
         )
@@ -386,6 +391,7 @@ class Experiment:
                 architecture,
                 lora=lora if section.rank else None,
                 quantization=config.model.quantization,
+                head=self.head,
                 frozen_layers=config.model.frozen_layers,
                 head_dropout=float(config.model.head_dropout),
                 dtype=self.precision.compute,
@@ -397,12 +403,32 @@ class Experiment:
         return PreferenceClassifier(
             architecture,
             num_classes=self.num_outputs,
+            head=self.head,
+            pooling=config.model.pooling,
+            length_features=config.model.length_features,
             head_dropout=float(config.model.head_dropout),
             dtype=self.precision.compute,
             remat=config.train.remat,
             attention=self.attention,
             longest=self.layout.max_length,
         )
+
+    @property
+    def reads_both_orders(self) -> bool:
+        """Whether a sample is a row in both orders: what makes one sequence a row symmetric."""
+        return self.config.model.symmetric and self.layout.sides == 1
+
+    @property
+    def sides(self) -> int:
+        """Sequences of a sample."""
+        return 2 if self.reads_both_orders else self.layout.sides
+
+    @property
+    def head(self) -> str:
+        """Kind of the head, see `pref_jax.models.heads.apply_head`."""
+        if self.reads_both_orders:
+            return "orders"
+        return "scores" if self.config.model.symmetric else "linear"
 
     @property
     def num_outputs(self) -> int:
@@ -415,14 +441,18 @@ class Experiment:
     def task(self) -> Task:
         """What the model is trained for."""
         if self.properties is None:
-            return preference_task
+            if self.config.data.soft_labels is None:
+                return preference_task
+            return make_distillation_task(float(self.config.train.distill_weight))
         return make_rating_task(len(self.properties.ratings))
 
     def _shapes(self) -> Any:
         units = meshes.batch_shards(self.mesh)  # one for each device, as its kernels expect
         tokens = jax.ShapeDtypeStruct((units, self.layout.max_length), jnp.int32)
-        pool = jax.ShapeDtypeStruct((units, 1, self.layout.sides), jnp.int32)
-        return one_tree(jax.eval_shape(self.model.init, jax.random.key(0), *[tokens] * 4, pool))
+        pool = jax.ShapeDtypeStruct((units, 1, self.sides), jnp.int32)
+        lengths = jax.ShapeDtypeStruct((units, 1, 2), jnp.int32)
+        key = jax.random.key(0)
+        return one_tree(jax.eval_shape(self.model.init, key, *[tokens] * 4, pool, lengths))
 
     @functools.cached_property
     def tokenizer(self) -> "Tokenizer":
@@ -448,7 +478,12 @@ class Experiment:
         return tokenizer
 
     def make_samples(
-        self, comparisons: "Comparisons", *, orders: int = 1, ratings: np.ndarray | None = None
+        self,
+        comparisons: "Comparisons",
+        *,
+        orders: int = 1,
+        ratings: np.ndarray | None = None,
+        teachers: np.ndarray | None = None,
     ) -> Samples:
         """Tokenises comparisons, through the cache; two orders add A and B exchanged.
 
@@ -456,7 +491,8 @@ class Experiment:
 
         Args:
           comparisons: the file.
-          orders: 1 or 2.
+          orders: 1 or 2; of a symmetric model 1.
+          teachers: soft labels, float32 ``[rows, 3]``; zeros where there are none.
           ratings: of a multi-task model: int8 ``[2 * rows, H]``, -1 where there is none; None: all
             are unknown.
         """
@@ -468,11 +504,15 @@ class Experiment:
                 ratings = np.full(shape, -1, np.int8)
             features = make_features(comparisons, self.tokenizer, self.layout)
             return Samples([features], ratings, np.ones(len(ratings), bool))
-        both = (comparisons, exchange_responses(comparisons)) if orders > 1 else (comparisons,)
+        parts = [comparisons]
+        if orders > 1 or self.reads_both_orders:
+            parts.append(exchange_responses(comparisons))
         return Samples(
-            [make_features(part, self.tokenizer, self.layout) for part in both],
+            [make_features(part, self.tokenizer, self.layout) for part in parts],
             comparisons.labels,
             comparisons.tie_allowed,
+            teachers=teachers,
+            paired=self.reads_both_orders,
         )
 
     def split(self, params: Any) -> tuple[Any, Any]:
@@ -516,8 +556,9 @@ class Experiment:
 
         def draw(key: jax.Array) -> Any:
             tokens = jnp.zeros((1, self.layout.max_length), jnp.int32)
-            pool = jnp.zeros((1, 1, self.layout.sides), jnp.int32)
-            params = one_tree(nn.unbox(self.model.init(key, *[tokens] * 4, pool)))
+            pool = jnp.zeros((1, 1, self.sides), jnp.int32)
+            lengths = jnp.zeros((1, 1, 2), jnp.int32)
+            params = one_tree(nn.unbox(self.model.init(key, *[tokens] * 4, pool, lengths)))
             return {name: params[name] for name in names}
 
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -783,8 +824,9 @@ def load_run(workdir: Path, *, mesh: dict[str, int] | None = None, base: str | N
             "train it to its first evaluation: launch/train.py with the same --config",
         )
     trainable, _ = experiment.split(experiment.abstract_params)
-    state, _ = checkpoints.restore(step, {"params": trainable})
-    params = _flatten(state["params"]) | _flatten(load_frozen(experiment))
+    kept = judged_name(config)
+    state, _ = checkpoints.restore(step, {kept: trainable})
+    params = _flatten(state[kept]) | _flatten(load_frozen(experiment))
     return Run(
         workdir=workdir,
         experiment=experiment,
@@ -792,6 +834,11 @@ def load_run(workdir: Path, *, mesh: dict[str, int] | None = None, base: str | N
         params=traverse_util.unflatten_dict(params, sep="/"),
         temperature=_read_temperature(workdir),
     )
+
+
+def judged_name(config: ConfigDict) -> str:
+    """Which part of a checkpoint the results belong to: `TrainState.judged`."""
+    return "average" if config.train.ema else "params"
 
 
 def load_frozen(experiment: Experiment) -> Any:

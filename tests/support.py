@@ -58,6 +58,7 @@ class Rows:
             [generator.integers(1, VOCABULARY, length).astype(np.int32) for length in row]
             for row in self.lengths
         ]
+        self.text_lengths = np.repeat(self.lengths, 3 - self.sides, axis=1)
         self.starts = [[max(1, length // 4) for length in row] for row in self.lengths]
 
     def sequence(self, sample: int, side: int) -> np.ndarray:
@@ -104,7 +105,8 @@ def abstract_tree(model: nn.Module, sides: int, mesh: Mesh) -> Any:
     """Shapes and shardings of all parameters, adapters among them."""
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     pool = jax.ShapeDtypeStruct((1, 1, sides), jnp.int32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), *[tokens] * 4, pool)
+    lengths = jax.ShapeDtypeStruct((1, 1, 2), jnp.int32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), *[tokens] * 4, pool, lengths)
     return meshes.abstract_parameters(one_tree(variables), mesh)
 
 

@@ -97,10 +97,8 @@ def test_values_get_the_type_of_their_field(name: str, text: str | None, value: 
         ("trian.epochs", "3", "did you mean train?"),
         ("seed.x", "3", "seed is a field, not a section"),
         ("", "3", "unknown field"),
-        # Fields of the interface that no part of the package reads yet.
-        ("data.soft_labels", "x", "unknown field 'soft_labels' of data; known: annotations, fold"),
+        ("data.soft_label", "x", "unknown field 'soft_label' of data; did you mean soft_labels?"),
         ("model.adapter.rank", "4", "unknown field 'adapter' of model"),
-        ("train.ema", "0.9", "unknown field 'ema' of train"),
     ],
 )
 def test_overrides_that_do_not_fit(name: str, text: str | None, expected: str) -> None:
@@ -113,6 +111,9 @@ def test_overrides_that_do_not_fit(name: str, text: str | None, expected: str) -
     ("name", "text"),
     [
         ("seed", "-1"),
+        ("train.ema", "1.0"),
+        ("train.distill_weight", "1.5"),
+        ("model.pooling", "max"),
         ("data.split", "stratified"),
         ("data.valid_fraction", "0"),
         ("data.valid_fraction", "1"),

@@ -26,6 +26,7 @@ class SequenceSource(Protocol):
     sides: int
     pools_last: bool
     lengths: np.ndarray
+    text_lengths: np.ndarray
 
     def sequence(self, sample: int, side: int) -> np.ndarray: ...
 
@@ -36,7 +37,8 @@ class Samples:
     """Rows to train or score on: features, labels and weights.
 
     With a second set of features (the same rows with A and B exchanged) sample ``i + n`` is row
-    ``i`` in the other order, its label exchanged too.
+    ``i`` in the other order, its label exchanged too; or, paired, a sample is a row in both orders,
+    which stand in a unit one behind the other.
     """
 
     def __init__(
@@ -44,6 +46,9 @@ class Samples:
         features: Sequence[SequenceSource],
         labels: np.ndarray,
         tie_allowed: np.ndarray,
+        *,
+        teachers: np.ndarray | None = None,
+        paired: bool = False,
     ) -> None:
         """Collects the parts.
 
@@ -52,25 +57,41 @@ class Samples:
           labels: 0, 1, 2 or -1 ``[n]``; with one order also several ratings of a row ``[n, H]``,
             -1 where there is none.
           tie_allowed: bool ``[n]``.
+          teachers: soft labels, float32 ``[n, 3]``; rows of zeros where there are none.
+          paired: whether both orders are the sequences of one sample.
         """
         self._features = tuple(features)
+        self._paired = paired
         self.num_rows = len(labels)
-        self.sides = self._features[0].sides
-        self.pools_last = self._features[0].pools_last
-        self.lengths = np.concatenate([feature.lengths for feature in self._features])
-        self.labels = labels
-        if len(self._features) > 1:
+        first = self._features[0]
+        self.sides = len(self._features) if paired else first.sides
+        self.pools_last = first.pools_last
+        lengths = [feature.lengths for feature in self._features]
+        self.lengths = np.concatenate(lengths, axis=1 if paired else 0)
+        if teachers is None:
+            teachers = np.zeros((self.num_rows, 3), np.float32)
+        self.labels, self.teachers, self.tie_allowed = labels, teachers, tie_allowed
+        self.text_lengths = first.text_lengths
+        if len(self._features) > 1 and not paired:
             exchanged = np.array([1, 0, 2, -1], labels.dtype)[labels]
             self.labels = np.concatenate([labels, exchanged])
-        self.tie_allowed = np.tile(tie_allowed, len(self._features))
+            self.teachers = np.concatenate([teachers, teachers[:, [1, 0, 2]]])
+            self.tie_allowed = np.tile(tie_allowed, 2)
+            self.text_lengths = np.concatenate([self.text_lengths, self.text_lengths[:, ::-1]])
+
+    def _place(self, sample: int, side: int) -> tuple[SequenceSource, int, int]:
+        if self._paired:
+            return self._features[side], sample, 0
+        order, row = divmod(sample, self.num_rows)
+        return self._features[order], row, side
 
     def sequence(self, sample: int, side: int) -> np.ndarray:
-        order, row = divmod(sample, self.num_rows)
-        return self._features[order].sequence(row, side)
+        features, row, side = self._place(sample, side)
+        return features.sequence(row, side)
 
     def type_start(self, sample: int, side: int) -> int:
-        order, row = divmod(sample, self.num_rows)
-        return self._features[order].type_start(row, side)
+        features, row, side = self._place(sample, side)
+        return features.type_start(row, side)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,9 +185,11 @@ class Packed(NamedTuple, Generic[Array]):
     Attributes:
       input_ids, token_types, positions, segment_ids: int32 ``[..., T]``. Segment 0 is padding.
       pool_positions: int32 ``[..., R, S]``, the token that each of a row's sequences is judged by.
+      text_lengths: int32 ``[..., R, 2]``, tokens of A and B before cutting.
       unit_ids: int32 ``[...]``, number of the unit inside the update.
       samples: int32 ``[..., R]``, sample numbers, -1 in empty slots.
       labels: int32 ``[..., R]``, or ``[..., R, H]`` with H ratings a row.
+      teachers: float32 ``[..., R, 3]``, soft labels; zeros where there are none.
       weights: float32 ``[..., R]``, 0 in empty slots.
       tie_allowed: bool ``[..., R]``.
     """
@@ -176,9 +199,11 @@ class Packed(NamedTuple, Generic[Array]):
     positions: Array
     segment_ids: Array
     pool_positions: Array
+    text_lengths: Array
     unit_ids: Array
     samples: Array
     labels: Array
+    teachers: Array
     weights: Array
     tie_allowed: Array
 
@@ -196,9 +221,11 @@ def allocate(shape: tuple[int, ...], geometry: Geometry, bucket: int) -> Packed[
         positions=tokens(),
         segment_ids=tokens(),
         pool_positions=np.zeros((*shape, rows, geometry.sides), np.int32),
+        text_lengths=np.zeros((*shape, rows, 2), np.int32),
         unit_ids=np.zeros(shape, np.int32),
         samples=np.full((*shape, rows), -1, np.int32),
         labels=np.zeros((*shape, rows, *geometry.label_shape), np.int32),
+        teachers=np.zeros((*shape, rows, 3), np.float32),
         weights=np.zeros((*shape, rows), np.float32),
         tie_allowed=np.ones((*shape, rows), np.bool_),
     )
@@ -223,7 +250,9 @@ def write_unit(
     start, segment = 0, 0
     for slot, sample in enumerate(unit.samples):
         packed.samples[at][slot] = sample
+        packed.text_lengths[at][slot] = samples.text_lengths[sample]
         packed.labels[at][slot] = samples.labels[sample]
+        packed.teachers[at][slot] = samples.teachers[sample]
         packed.weights[at][slot] = 1.0
         packed.tie_allowed[at][slot] = samples.tie_allowed[sample]
         if not read:

@@ -83,6 +83,7 @@ class Features:
       pools_last: whether a sequence is judged by its last token, not by its first.
       lengths: int32 [num_samples, sides], tokens of each sequence, special tokens included.
       segment_lengths: int32 [rows, 3], tokens of prompt, response A and response B before cutting.
+      text_lengths: int32 [num_samples, 2], tokens of A and B before cutting.
     """
 
     def __init__(
@@ -99,6 +100,10 @@ class Features:
         self.lengths = self._ids.lengths.reshape(-1, self.sides)
         self.num_samples = len(self.lengths)
         self.segment_lengths = segment_lengths
+        # In "response" a sample has one response, and no second one to be compared with.
+        self.text_lengths = segment_lengths[:, 1:]
+        if self.num_samples > len(segment_lengths):
+            self.text_lengths = np.repeat(segment_lengths[:, 1:].reshape(-1, 1), 2, axis=1)
 
     def __len__(self) -> int:
         return self.num_samples

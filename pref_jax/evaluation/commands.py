@@ -34,8 +34,11 @@ def score(run: Run, comparisons: Comparisons, *, swap_average: bool = False) -> 
     Args:
       run: the trained run.
       comparisons: the file.
-      swap_average: mean over both orders of the responses, the exchanged one turned back.
+      swap_average: mean over both orders of the responses, the exchanged one turned back; a
+        symmetric model says the same of both, and is asked once.
     """
+    if run.experiment.config.model.symmetric:
+        swap_average = False
     orders = 2 if swap_average else 1
     logits = _score_samples(run, run.experiment.make_samples(comparisons, orders=orders))
     parts = [

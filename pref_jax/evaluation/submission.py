@@ -14,6 +14,8 @@ from pref_jax.files import check_output_file, write_durably
 DIGITS = 8
 _UNITS = 10**DIGITS
 COLUMNS = ("id", *CLASSES)
+# In a workdir: the same of the rows that its run held out in cross-validation.
+OUT_OF_FOLD_FILE = "out_of_fold.csv"
 
 
 def round_probabilities(probabilities: npt.ArrayLike) -> npt.NDArray[np.float64]:

@@ -215,6 +215,7 @@ class Encoder(nn.Module):
         "full" keeps the input of each layer.
       attention: what `pref_jax.models.attention.choose_implementation` returns.
       longest: the most tokens of a sequence; None: the position table's rows.
+      every_token: compute the last layer for every token, though only some are pooled.
     """
 
     config: EncoderConfig
@@ -222,6 +223,7 @@ class Encoder(nn.Module):
     remat: str = "none"
     attention: str = "xla"
     longest: int | None = None
+    every_token: bool = False
 
     @nn.compact
     def __call__(
@@ -241,13 +243,13 @@ class Encoder(nn.Module):
           token_types_BxT: 0 or 1 (ignored by DistilBERT).
           positions_BxT: position of each token inside its own segment.
           segment_ids_BxT: equal numbers see each other; padding has a number of its own.
-          pool_positions_BxP: compute the last layer for these tokens only.
+          pool_positions_BxP: compute the last layer for these tokens only, one of each sequence.
           seeds: uint32 ``[B, 2]`` switches dropout on.
           words_BxTxD: the rows of the word table for ``input_ids_BxT``, where the caller has looked
             them up itself.
 
         Returns:
-          ``[B, P, D]``, or ``[B, T, D]`` without ``pool_positions_BxP``.
+          ``[B, P, D]``, or ``[B, T, D]`` without ``pool_positions_BxP`` or with `every_token`.
         """
         layer_type = EncoderLayer
         policy = REMAT_POLICIES[self.remat]
@@ -272,7 +274,7 @@ class Encoder(nn.Module):
                 x_BxTxD,
                 segment_ids_BxT,
                 segments,
-                pool_positions_BxP if last else None,
+                pool_positions_BxP if last and not self.every_token else None,
                 seeds,
             )
         return x_BxTxD

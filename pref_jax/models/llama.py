@@ -15,8 +15,8 @@ from pref_jax.config import PROJECTIONS
 from pref_jax.mesh import constrain_batch
 from pref_jax.models.bert import REMAT_POLICIES, gather_tokens
 from pref_jax.models.causal_attention import attend_causal
-from pref_jax.models.dropout import dropout
-from pref_jax.models.layers import INITIALIZER_RANGE, Dense, named
+from pref_jax.models.heads import apply_head
+from pref_jax.models.layers import INITIALIZER_RANGE, named
 from pref_jax.models.lora import LoRAConfig, Projection
 from pref_jax.models.rope import RopeConfig, make_angles, rotate
 
@@ -274,6 +274,7 @@ class LlamaClassifier(nn.Module):
       lora: adapters; None trains the whole model.
       quantization: of the projections: "none", "int8" or "nf4".
       num_classes: width of the head, a linear layer without bias.
+      head: kind of the head, "linear" or "orders", see `pref_jax.models.heads.apply_head`.
       frozen_layers: how many of the first layers are not trained, where there are no adapters.
       head_dropout: dropout of the pooled state.
       dtype: of activations and matrix products; head, norms and softmax are float32.
@@ -288,6 +289,7 @@ class LlamaClassifier(nn.Module):
     lora: LoRAConfig | None = None
     quantization: str = "none"
     num_classes: int = 3
+    head: str = "linear"
     frozen_layers: int = 0
     head_dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
@@ -304,13 +306,14 @@ class LlamaClassifier(nn.Module):
         positions_BxT: jax.Array,
         segment_ids_BxT: jax.Array,
         pool_positions_BxRxS: jax.Array,
+        text_lengths_BxRx2: jax.Array | None = None,
         seeds: jax.Array | None = None,
         words_BxTxD: jax.Array | None = None,
     ) -> jax.Array:
         """Float32 logits ``[B, R, num_classes]`` of the R rows in each of B packed units.
 
         The arguments are those of `PreferenceClassifier`; ``pool_positions_BxRxS`` holds each row's
-        last token. Token types and looked-up words are not used: a decoder has neither.
+        last token. Token types, lengths and looked-up words are not used: a decoder has none.
         """
         units, rows, sides = pool_positions_BxRxS.shape
         options = _Options(
@@ -329,7 +332,13 @@ class LlamaClassifier(nn.Module):
             pool_positions_BxRxS.reshape(units, rows * sides),
             seeds,
         )
-        pooled_BxRxD = pooled_BxPxD.astype(jnp.float32).reshape(units, rows, -1)
-        pooled_BxRxD = dropout(pooled_BxRxD, self.head_dropout, seeds, _HEAD_SITE)
-        head = Dense(self.num_classes, (None, None), jnp.float32, use_bias=False, name="head")
-        return head(pooled_BxRxD)
+        return apply_head(
+            self.head,
+            pooled_BxPxD.reshape(units, rows, sides, -1),
+            None,
+            seeds,
+            dropout_rate=self.head_dropout,
+            site=_HEAD_SITE,
+            num_classes=self.num_classes,
+            use_bias=False,
+        )

@@ -34,9 +34,10 @@ from pref_jax.evaluation.rating_metrics import (
     measure_response_losses,
     to_rating_probabilities,
 )
-from pref_jax.evaluation.submission import write_submission
+from pref_jax.evaluation.submission import OUT_OF_FOLD_FILE, write_submission
 from pref_jax.experiment import Experiment
 from pref_jax.files import write_json
+from pref_jax.training.teachers import read_teachers
 
 logger = logging.getLogger(__name__)
 
@@ -142,11 +143,17 @@ class PreferenceGoal:
         self._config = experiment.config
         self.digests = data.digests
         self.train_numbers, self.valid_numbers = data.train_rows, data.valid_rows
+        self._teachers: np.ndarray | None = None
+        if self._config.data.soft_labels is not None:
+            path = self._config.data.soft_labels
+            self._teachers = read_teachers(path, data.train.ids, self.train_numbers)
+            learned = hashlib.sha256(self._teachers.tobytes()).hexdigest()
+            self.digests = {**data.digests, "soft_labels": learned}
 
     def make_samples(self) -> tuple[Samples, Samples]:
         data, experiment = self._data, self._experiment
         orders = 1 if self._config.data.swap == "none" else 2
-        samples = experiment.make_samples(data.train, orders=orders)
+        samples = experiment.make_samples(data.train, orders=orders, teachers=self._teachers)
         return samples, samples if data.valid is data.train else experiment.make_samples(data.valid)
 
     def fit_baselines(self, workdir: Path) -> None:
@@ -182,7 +189,7 @@ class PreferenceGoal:
         if hosts.is_leader():
             predictions.write(workdir / PREDICTIONS_FILE)
             if self._config.data.fold is not None:
-                write_submission(workdir / "out_of_fold.csv", predictions.ids, probabilities)
+                write_submission(workdir / OUT_OF_FOLD_FILE, predictions.ids, probabilities)
         valid = predictions.evaluate(self._baselines)
         return {"valid": valid, "baselines": valid["baselines"], "temperature": temperature}
 

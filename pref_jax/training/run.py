@@ -21,7 +21,14 @@ from pref_jax.evaluation.predict import (
     Predictor,
     place_update,
 )
-from pref_jax.experiment import Backbone, Experiment, find_backbone, load_frozen, log_parts
+from pref_jax.experiment import (
+    Backbone,
+    Experiment,
+    find_backbone,
+    judged_name,
+    load_frozen,
+    log_parts,
+)
 from pref_jax.training.checkpoints import Checkpoints
 from pref_jax.training.goals import Goal, make_goal, read_data
 from pref_jax.training.loop import History, Limits, TrainingLoop
@@ -66,6 +73,7 @@ class CompiledStep:
             trainable,
             self.optimizer,
             loss_scaling=experiment.precision.loss_scaling,
+            averaging=train.ema > 0,
             scalar_sharding=scalar,
         )
         samples = train.batch_size * (2 if config.data.swap == "both" else 1)
@@ -81,6 +89,7 @@ class CompiledStep:
             self.optimizer,
             self.schedule,
             clip_norm=train.clip_norm,
+            average_decay=train.ema,
             task=experiment.task,
         )
 
@@ -251,8 +260,9 @@ def train(config: ConfigDict, workdir: Workdir, started: float) -> dict[str, Any
             return {"steps": steps, "stopped": stopped}
         best = history.best_step
         if best != evaluator.step:
-            restored_state, _ = checkpoints.restore(best, {"params": abstract.params})
-            evaluator.score(restored_state["params"], best)
+            kept = judged_name(config)
+            restored_state, _ = checkpoints.restore(best, {kept: abstract.judged})
+            evaluator.score(restored_state[kept], best)
     assert evaluator.logits is not None
     # `result.json` comes last. All hosts compute the same here, and the leader writes.
     result = {
@@ -271,7 +281,14 @@ def train(config: ConfigDict, workdir: Workdir, started: float) -> dict[str, Any
 
 
 # Where things lie, which may differ between hosts; their content may not.
-_PLACES = ("data.train", "data.valid", "data.annotations", "data.properties", "model.pretrained")
+_PLACES = (
+    "data.train",
+    "data.valid",
+    "data.annotations",
+    "data.properties",
+    "data.soft_labels",
+    "model.pretrained",
+)
 _OWN = ("logging", "train.max_hours")  # the leader's counts, or the first to be over
 
 
@@ -318,7 +335,7 @@ class _Evaluator:
         self.logits: np.ndarray | None = None
 
     def __call__(self, state: TrainState) -> Mapping[str, float]:
-        return self._goal.measure(self.score(state.params, int(state.step)))
+        return self._goal.measure(self.score(state.judged, int(state.step)))
 
     def score(self, params: Any, step: int) -> np.ndarray:
         merged = merge_parameters(params, self._frozen)

@@ -21,12 +21,20 @@ class TrainState(struct.PyTreeNode):
       params: trainable parameters, a nested dict; frozen ones are no part of the state.
       opt_state: the optimizer's state.
       loss_scale: None unless the precision is float16.
+      average: moving average of ``params``, the weights that are judged and kept for use; None
+        where there is none.
     """
 
     step: Any  # jax.Array, or like all other leaves jax.ShapeDtypeStruct in an abstract state
     params: Any
     opt_state: Any
     loss_scale: LossScale | None
+    average: Any = None
+
+    @property
+    def judged(self) -> Any:
+        """The trainable parameters that an evaluation takes."""
+        return self.params if self.average is None else self.average
 
 
 def split_parameters(params: Any, is_trainable: Callable[[str], bool]) -> tuple[Any, Any]:
@@ -62,6 +70,7 @@ def abstract_state(
     optimizer: optax.GradientTransformation,
     *,
     loss_scaling: bool,
+    averaging: bool = False,
     scalar_sharding: NamedSharding,
 ) -> TrainState:
     """Shapes and shardings of the state over abstract trainable parameters.
@@ -86,6 +95,7 @@ def abstract_state(
         params=params,
         opt_state=opt_state,
         loss_scale=jax.tree.map(scalar, loss_scale),
+        average=params if averaging else None,
     )
 
 
@@ -100,6 +110,7 @@ def create_state(
             params=params,
             opt_state=optimizer.init(params),
             loss_scale=None if abstract.loss_scale is None else LossScale.create(),
+            average=None if abstract.average is None else jax.tree.map(jnp.copy, params),
         )
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)

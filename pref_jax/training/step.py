@@ -45,6 +45,7 @@ def apply_model(
         packed.positions,
         packed.segment_ids,
         packed.pool_positions,
+        packed.text_lengths,
         seeds,
         words,
     )
@@ -133,9 +134,12 @@ def make_train_step(
     schedule: Schedule,
     *,
     clip_norm: float,
+    average_decay: float = 0.0,
     task: Task = preference_task,
 ) -> TrainStep:
     """Makes the function of one optimizer update, to be jitted by the caller.
+
+    A state with an average keeps ``average = decay * average + (1 - decay) * params``.
 
     With a loss scale an update with non-finite gradients changes nothing but the scale.
 
@@ -167,7 +171,15 @@ def make_train_step(
             )
             metrics["loss_scale"] = loss_scale.scale
             loss_scale = loss_scale.adjust(finite)
-        return TrainState(state.step + 1, params, opt_state, loss_scale), metrics
+        average = state.average
+        if average is not None:
+            # Early on the average is over fewer updates, else the start would stay in it.
+            count = state.step.astype(jnp.float32)
+            decay = jnp.minimum(average_decay, (1.0 + count) / (10.0 + count))
+            average = jax.tree.map(
+                lambda mean, leaf: mean + (1.0 - decay) * (leaf - mean), average, params
+            )
+        return TrainState(state.step + 1, params, opt_state, loss_scale, average), metrics
 
     return step
 

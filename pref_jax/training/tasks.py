@@ -38,6 +38,32 @@ def preference_task(logits: jax.Array, packed: Packed) -> tuple[jax.Array, jax.A
     return losses, logits.argmax(axis=-1) == packed.labels
 
 
+def make_distillation_task(weight: float) -> Task:
+    """The `Task` of labels and a teacher's probabilities.
+
+    A row's loss is ``(1 - weight)`` times the cross-entropy of its label and ``weight`` times that
+    of the teacher's distribution, which differs from the Kullback-Leibler divergence by the
+    teacher's entropy, a constant. A row without a teacher has its label's alone.
+
+    Args:
+      weight: of the teacher, 0 to 1.
+    """
+
+    def task(logits: jax.Array, packed: Packed) -> tuple[jax.Array, jax.Array]:
+        losses, correct = preference_task(logits, packed)
+        # Where no tie could be called the teacher's tie is no answer either.
+        possible = jnp.stack([*[jnp.ones_like(packed.tie_allowed)] * 2, packed.tie_allowed], -1)
+        teachers = jnp.where(possible, packed.teachers, 0.0)
+        total = teachers.sum(axis=-1, keepdims=True)
+        teachers /= jnp.where(total > 0, total, 1.0)
+        log_probabilities = jax.nn.log_softmax(mask_tie(logits, packed.tie_allowed))
+        soft = -jnp.sum(jnp.where(teachers > 0, teachers * log_probabilities, 0.0), axis=-1)
+        mixed = (1.0 - weight) * losses + weight * soft
+        return jnp.where(total[..., 0] > 0, mixed, losses), correct
+
+    return task
+
+
 def make_rating_task(num_ratings: int) -> Task:
     """The `Task` of several ratings of a response, one head each.
 

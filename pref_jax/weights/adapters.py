@@ -42,6 +42,7 @@ def export_adapter(
     tokenizer_folder: Path,
     temperature: float,
     examples: Sequence[Mapping[str, Any]],
+    head: str,
     base: str,
     quantization: str,
 ) -> None:
@@ -57,7 +58,9 @@ def export_adapter(
       layout: how a row becomes token ids.
       tokenizer_folder: where the tokenizer's files are.
       temperature: what a program may divide the logits by; 1 is none.
-      examples: made-up rows with ``input_ids``, ``token_type_ids`` and ``probabilities``.
+      examples: made-up rows with ``input_ids``, ``token_type_ids``, ``text_lengths`` and
+        ``probabilities``.
+      head: kind of the head: with "orders" the mean over both orders is up to the other program.
       base: what the run's ``model.pretrained`` says; written where it is a name on the hub.
       quantization: of that base while the adapters were trained, on which the examples are.
 
@@ -93,7 +96,7 @@ def export_adapter(
     }
     texts = {
         ADAPTER_FILES[0]: dump(settings),
-        DESCRIPTION: describe(layout, temperature, examples, quantization),
+        DESCRIPTION: describe(layout, temperature, examples, quantization, head),
         **_tokenizer(tokenizer_folder, layout),
     }
 
@@ -142,6 +145,7 @@ def export_merged(
     tokenizer_folder: Path,
     temperature: float,
     examples: Sequence[Mapping[str, Any]],
+    head: str,
 ) -> None:
     """Writes a whole ``LlamaForSequenceClassification`` folder, the adapters added to the base.
 
@@ -153,7 +157,7 @@ def export_merged(
       config: the architecture.
       lora: the adapters; None where the whole model was trained.
       dtype: of the written weights: "float32", "bfloat16" or "float16".
-      output, layout, tokenizer_folder, temperature, examples: as for `export_adapter`.
+      output, layout, tokenizer_folder, temperature, examples, head: as for `export_adapter`.
 
     Raises:
       InputError, RunError: as `export_adapter`.
@@ -162,7 +166,7 @@ def export_merged(
     check_output(output)
     texts = {
         "config.json": dump(_model_config(config, dtype, tokenizer_folder)),
-        DESCRIPTION: describe(layout, temperature, examples),
+        DESCRIPTION: describe(layout, temperature, examples, head=head),
         **_tokenizer(tokenizer_folder, layout),
     }
     write_folder(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
-    from pref_jax.data.features import Features
+    from pref_jax.data.batches import Samples
 
 _STORY = "The lamp on the pier went out, and the old keeper counted the steps back to the door. "
 
@@ -71,24 +71,24 @@ def write_rows(path: Path) -> None:
 
 
 def describe_rows(
-    features: "Features", probabilities: "np.ndarray | Sequence[Sequence[float]]"
+    samples: "Samples", probabilities: "np.ndarray | Sequence[Sequence[float]]"
 ) -> list[dict[str, Any]]:
-    """The examples of an export, from the features of `ROWS` and what the model says of them.
+    """The examples of an export, from the samples of `ROWS` and what the model says of them.
 
     Args:
-      features: of the rows, in order; one sample a row.
+      samples: of the rows, in order; one sample a row.
       probabilities: [rows, 3].
     """
     import numpy as np
 
     examples = []
-    for sample in range(features.num_samples):
-        ids = [features.sequence(sample, side) for side in range(features.sides)]
+    for sample in range(samples.num_rows):
+        ids = [samples.sequence(sample, side) for side in range(samples.sides)]
         types = [
             # A decoder has no token types.
-            (np.arange(len(ids[side])) >= features.type_start(sample, side)).astype(int)
-            * (not features.pools_last)
-            for side in range(features.sides)
+            (np.arange(len(ids[side])) >= samples.type_start(sample, side)).astype(int)
+            * (not samples.pools_last)
+            for side in range(samples.sides)
         ]
         lists = [(part.tolist(), kinds.tolist()) for part, kinds in zip(ids, types, strict=True)]
         flat = len(lists) == 1
@@ -96,6 +96,7 @@ def describe_rows(
             {
                 "input_ids": lists[0][0] if flat else [part for part, _ in lists],
                 "token_type_ids": lists[0][1] if flat else [kinds for _, kinds in lists],
+                "text_lengths": samples.text_lengths[sample].tolist(),
                 "probabilities": [float(value) for value in probabilities[sample]],
             }
         )

@@ -66,6 +66,9 @@ def export_encoder(
     temperature: float,
     examples: Sequence[Mapping[str, Any]],
     dropout: float,
+    head: str = "linear",
+    pooling: str = "cls",
+    length_features: bool = False,
 ) -> None:
     """Writes the folder, whole or not at all.
 
@@ -77,8 +80,10 @@ def export_encoder(
       tokenizer_folder: where the tokenizer's files are.
       temperature: what a program may divide the logits by; 1 is none.
       examples: made-up rows: ``input_ids`` and ``token_type_ids`` as flat unpadded lists
-        (parallel: two of them) and ``probabilities``.
+        (parallel, and with both orders: two of them), ``text_lengths`` (tokens of both responses
+        before cutting) and ``probabilities``.
       dropout: rate in front of the head.
+      head, pooling, length_features: of the `PreferenceClassifier`.
 
     Raises:
       InputError: the folder holds something else or cannot be written, the layout is not that of a
@@ -93,13 +98,16 @@ def export_encoder(
             f"a model of layout {layout.name} does not choose between A, B and tie",
             "export a run of layout single or parallel",
         )
-    tensors = _tensors(params, config, sides=layout.sides)
+    sides = 2 if head == "orders" else layout.sides
+    tensors = _tensors(params, config)
     tokenizer = read_tokenizer(tokenizer_folder, layout.max_length)
     ids = _special_ids(tokenizer_folder)
-    _check_examples(examples, layout, config)
+    _check_examples(examples, sides, config)
+    settings = _model_config(config, layout, dropout, ids)
+    settings |= {"head": head, "pooling": pooling, "length_features": length_features}
     texts = {
-        "config.json": dump(_model_config(config, layout, dropout, ids)),
-        DESCRIPTION: describe(layout, temperature, examples),
+        "config.json": dump(settings),
+        DESCRIPTION: describe(layout, temperature, examples, head=head),
         MODELING: Path(__file__).with_name(MODELING).read_text(encoding="utf-8"),
         **tokenizer,
     }
@@ -143,9 +151,7 @@ def check_output(output: Path) -> None:
         )
 
 
-def _tensors(
-    params: Mapping[str, Any], config: "EncoderConfig", sides: int
-) -> dict[str, "np.ndarray"]:
+def _tensors(params: Mapping[str, Any], config: "EncoderConfig") -> dict[str, "np.ndarray"]:
     """Float32 tensors under the modelling file's names."""
     import numpy as np
 
@@ -156,11 +162,10 @@ def _tensors(
         tensors[f"encoder.{entry.key}"] = np.ascontiguousarray(
             array.T if entry.transposed else array
         )
-    kernel = np.asarray(params["head"]["kernel"], np.float32)
-    if kernel.shape != (sides * config.hidden_size, len(LABELS)):
-        raise ValueError(f"head kernel has shape {kernel.shape}, for {sides} sides")
-    tensors["head.weight"] = np.ascontiguousarray(kernel.T)
-    tensors["head.bias"] = np.ascontiguousarray(params["head"]["bias"], np.float32)
+    for path, value in names.flatten(params["head"]).items():
+        key = ".".join(("head", *path)).replace("kernel", "weight")
+        array = np.asarray(value, np.float32)
+        tensors[key] = np.ascontiguousarray(array.T if path[-1] == "kernel" else array)
     for name, array in tensors.items():
         if not np.isfinite(array).all():
             raise InputError(
@@ -229,8 +234,16 @@ def describe(
     temperature: float,
     examples: Sequence[Mapping[str, Any]],
     quantization: str | None = None,
+    head: str = "linear",
 ) -> str:
-    """The text of `pref_jax.json`; ``quantization`` is that of the base that adapters belong to."""
+    """The text of `pref_jax.json`.
+
+    Args:
+      layout, temperature, examples: as in `export_encoder`.
+      quantization: of the base that adapters belong to.
+      head: with "orders" a row is two sequences, A before B and B before A; the logits are the mean
+        of both, the second's first two exchanged.
+    """
     content: dict[str, Any] = {
         "input": {
             "layout": layout.name,
@@ -239,6 +252,7 @@ def describe(
             "template": layout.template,
             "reuse_unused": bool(layout.reuse_unused),
             "truncation": layout.truncation,
+            "both_orders": head == "orders",
         },
         "labels": list(LABELS),
         "temperature": float(temperature),
@@ -246,6 +260,7 @@ def describe(
             {
                 "input_ids": _plain(example["input_ids"]),
                 "token_type_ids": _plain(example["token_type_ids"]),
+                "text_lengths": _plain(example["text_lengths"]),
                 "probabilities": [float(value) for value in example["probabilities"]],
             }
             for example in examples
@@ -261,16 +276,16 @@ def _plain(ids: Any) -> list[Any]:
 
 
 def _check_examples(
-    examples: Sequence[Mapping[str, Any]], layout: "Layout", config: "EncoderConfig"
+    examples: Sequence[Mapping[str, Any]], sides: int, config: "EncoderConfig"
 ) -> None:
     """A defect of the caller, so no message for users."""
     import numpy as np
 
     for example in examples:
         ids, types = _plain(example["input_ids"]), _plain(example["token_type_ids"])
-        if layout.sides == 1:
+        if sides == 1:
             ids, types = [ids], [types]
-        if len(ids) != layout.sides or [len(part) for part in ids] != [len(part) for part in types]:
+        if len(ids) != sides or [len(part) for part in ids] != [len(part) for part in types]:
             raise ValueError("an example's input_ids and token_type_ids differ in shape")
         if not all(0 <= token < config.vocab_size for part in ids for token in part):
             raise ValueError("an example holds an id outside the table")

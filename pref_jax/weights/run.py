@@ -64,6 +64,9 @@ def export_run(
         temperature=run.temperature,
         examples=made_up_rows(run),
         dropout=float(experiment.config.model.head_dropout),
+        head=experiment.head,
+        pooling=experiment.config.model.pooling,
+        length_features=experiment.config.model.length_features,
     )
     return output
 
@@ -79,6 +82,7 @@ def _export_decoder(run: "Run", architecture: "LlamaConfig", output: Path, *, me
         "tokenizer_folder": experiment.backbone.tokenizer_folder,
         "temperature": run.temperature,
         "examples": made_up_rows(run),
+        "head": experiment.head,
     }
     if merge or experiment.model.lora is None:
         export_merged(
@@ -111,7 +115,6 @@ def made_up_rows(run: "Run") -> list[dict[str, Any]]:
     import numpy as np
 
     from pref_jax.data.arena import read_comparisons
-    from pref_jax.data.features import make_features
     from pref_jax.evaluation.predict import to_probabilities
     from pref_jax.experiment import Experiment
 
@@ -131,5 +134,4 @@ def made_up_rows(run: "Run") -> list[dict[str, Any]]:
         comparisons = read_comparisons(path, labelled=False)
         samples = experiment.make_samples(comparisons)
         logits = experiment.make_predictor().logits(params, samples, np.arange(len(comparisons)))
-        features = make_features(comparisons, experiment.tokenizer, experiment.layout)
-    return describe_rows(features, to_probabilities(logits, temperature=run.temperature))
+    return describe_rows(samples, to_probabilities(logits, temperature=run.temperature))

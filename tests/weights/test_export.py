@@ -64,6 +64,7 @@ def made_up(sides: int) -> list[dict[str, Any]]:
             {
                 "input_ids": ids if sides == 2 else ids[0],
                 "token_type_ids": types if sides == 2 else types[0],
+                "text_lengths": [length, length + 3],
                 "probabilities": [0.5, 0.25, 0.25],
             }
         )
