@@ -143,6 +143,7 @@ class Trainer:
         seed: int = 3,
         weight_decay: float = 0.01,
         loss_scaling: bool = False,
+        average_decay: float = 0.0,
         is_trainable: Callable[[str], bool] = lambda path: True,
     ) -> None:
         sizes = mesh or (devices, 1, 1)
@@ -169,10 +170,13 @@ class Trainer:
             trainable,
             self.optimizer,
             loss_scaling=loss_scaling,
+            averaging=average_decay > 0,
             scalar_sharding=meshes.replicated(self.mesh),
         )
         self.traces = 0
-        step = make_train_step(model, self.optimizer, schedule, clip_norm=1.0)
+        step = make_train_step(
+            model, self.optimizer, schedule, clip_norm=1.0, average_decay=average_decay
+        )
 
         def counted(*arguments: Any) -> Any:
             self.traces += 1

@@ -211,3 +211,28 @@ def test_another_seed_runs_the_program_that_is_there() -> None:
         losses.append(float(metrics["loss"]))
     assert losses[0] == losses[2] != losses[1]
     assert trainer.traces == 1
+
+
+def test_the_average_follows_the_weights_and_is_what_is_judged() -> None:
+    model = PreferenceClassifier(tiny_config())
+    decay = 0.3  # more than the first updates' (1 + n) / (10 + n), less than the later ones'
+    trainer = Trainer(model, make_samples(ROWS[1]), longest=32, average_decay=decay)
+    state = trainer.start(make_params(model, 1))
+    expected = {
+        path: np.asarray(leaf, np.float64)
+        for path, leaf in traverse_util.flatten_dict(state.params, sep="/").items()
+    }
+    for number in range(6):
+        state, _ = trainer.step(state, {}, trainer.place(trainer.plan.update(number % 5)))
+        rate = min(decay, (1 + number) / (10 + number))
+        for path, leaf in traverse_util.flatten_dict(state.params, sep="/").items():
+            expected[path] = rate * expected[path] + (1 - rate) * np.asarray(leaf, np.float64)
+    judged = traverse_util.flatten_dict(state.judged, sep="/")
+    assert state.judged is state.average and set(judged) == set(expected)
+    for path, leaf in judged.items():
+        np.testing.assert_allclose(leaf, expected[path], atol=1e-6, err_msg=path)
+    moved = max(
+        np.abs(np.asarray(a) - b).max()
+        for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(state.average), strict=True)
+    )
+    assert moved > 1e-4

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pref_jax.training.tasks import make_rating_task, preference_task
+from pref_jax.training.tasks import make_distillation_task, make_rating_task, preference_task
 
 torch = pytest.importorskip("torch")
 
@@ -67,3 +67,25 @@ def test_ratings_are_the_mean_of_the_cross_entropies_that_there_are() -> None:
     np.testing.assert_allclose(gradient, theirs.grad.numpy(), atol=1e-6)
     by_head = gradient.reshape(2, 3, heads, classes)
     assert not by_head[labels < 0].any() and np.abs(by_head[labels >= 0]).max() > 0.01
+
+
+def test_a_teacher_shares_the_loss_with_the_label() -> None:
+    logits, labels = draw(1, 6, 3), np.array([[0, 1, 2, 0, 1, 1]])
+    allowed = np.array([[True, True, True, False, False, True]])
+    teachers = np.random.default_rng(5).dirichlet(np.ones(3), (1, 6)).astype(np.float32)
+    teachers[0, 5] = 0  # nothing is known of this row
+    fields = packed(labels=labels, tie_allowed=allowed, teachers=teachers)
+    losses, _ = make_distillation_task(0.3)(jnp.asarray(logits), fields)
+    for row in range(6):
+        classes = 3 if allowed[0, row] else 2
+        given = torch.tensor(logits[0, row, :classes])
+        theirs = torch.nn.functional.cross_entropy(given, torch.tensor(labels[0, row]))
+        if row < 5:
+            teacher = torch.tensor(teachers[0, row, :classes])
+            soft = torch.nn.functional.cross_entropy(given, teacher / teacher.sum())
+            theirs = 0.7 * theirs + 0.3 * soft
+        assert float(losses[0, row]) == pytest.approx(float(theirs), rel=1e-5)
+    gradient = jax.grad(lambda x: make_distillation_task(0.3)(x, fields)[0].sum())(
+        jnp.asarray(logits)
+    )
+    assert np.isfinite(gradient).all()
