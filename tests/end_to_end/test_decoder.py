@@ -214,6 +214,41 @@ def test_peft_and_plain_transformers_agree(base: Path, decoder: Path, tmp_path: 
     assert not any("score" in name and "lora" in name for name in tensors)
 
 
+def test_a_symmetric_decoder_reads_both_orders_and_says_so(
+    base: Path, arena: Path, tmp_path: Path
+) -> None:
+    """Its export holds two sequences a row; the mean of plain transformers' logits is its own."""
+    rows = read_csv(arena / "test.csv")[:8]
+    other = [
+        {**row, "response_a": row["response_b"], "response_b": row["response_a"]} for row in rows
+    ]
+    run = tmp_path / "run"
+    outcome = call(
+        *("train", *DECODER, f"--workdir={run}", f"--config.data.train={arena}/train.csv"),
+        *(f"--config.model.pretrained={base}", "--config.model.symmetric"),
+        "--config.train.max_steps=4",
+    )
+    assert outcome.code == 0, outcome
+    ours = numbers(predict(run, write_csv(tmp_path / "rows.csv", rows)))
+    exchanged = numbers(predict(run, write_csv(tmp_path / "other.csv", other)))
+    assert np.abs(ours[:, 0] - ours[:, 1]).max() > 1e-3
+    np.testing.assert_allclose(exchanged[:, [1, 0, 2]], ours, atol=1e-6)
+
+    folder = tmp_path / "merged"
+    outcome = call("export", f"--workdir={run}", f"--output={folder}", "--merge")
+    assert outcome.code == 0, outcome
+    described = json.loads((folder / "pref_jax.json").read_text())
+    assert described["input"]["both_orders"] is True
+    model = transformers.LlamaForSequenceClassification.from_pretrained(folder).eval()
+    for example in described["examples"]:
+        first, second = (
+            model(torch.tensor([ids])).logits[0].detach().numpy() for ids in example["input_ids"]
+        )
+        logits = (first + second[[1, 0, 2]]) / 2
+        weights = np.exp(logits - logits.max())
+        np.testing.assert_allclose(weights / weights.sum(), example["probabilities"], atol=1e-4)
+
+
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
 def test_a_quantised_base_trains_and_merges(
     base: Path, arena: Path, tmp_path: Path, quantization: str
