@@ -10,13 +10,13 @@ A row takes one to fifteen minutes; each is what launch/compile_check.py says of
 how long rows are, in the tokens of minilm and smollm2 (./launch/weights.sh minilm smollm2).
 """
 
-import json
 import re
 from pathlib import Path
 
 from absl import flags
 
 from pref_jax import command
+from pref_jax.errors import InputError
 
 flags.DEFINE_string("only", None, "Regular expression: only rows whose text it is found in.")
 flags.DEFINE_boolean("plans", False, "Print what an epoch takes on a slice.")
@@ -57,8 +57,8 @@ ROWS = [
 _BERT = "configs/parallel_bert.py"
 PLANS = [
     (_LLAMA, "v5e:2x4", 64, 1, 1024, {}),
-    (_LLAMA, "v5e:16x16", 1792, 1, 1024, {"data": 4, "fsdp": 64}),
-    (_LLAMA, "v6e:16x16", 1792, 4, 1024, {"data": 4, "fsdp": 64}),
+    (_LLAMA, "v5e:16x16", 1792, 1, 1024, {"data": 16, "fsdp": 16}),
+    (_LLAMA, "v6e:16x16", 1792, 4, 1024, {"data": 16, "fsdp": 16}),
     (_BERT, "v5e:2x4", 256, 8, 512, {}),
     (_BERT, "v5e:16x16", 4096, 4, 512, {}),
     (_BERT, "v6e:16x16", 4096, 4, 512, {}),
@@ -72,14 +72,14 @@ _MIB = 2**20
 
 def main(options):
     if options.plans and options.data is None:
-        raise command.InputError("--plans", "--data is missing", "name a file of rows")
+        raise InputError("--plans", "--data is missing", "name a file of rows")
     show = _show_plans if options.plans else _show_checks
     show(options)
 
 
-def _select(options, rows):
+def _select(options, table):
     """Title and fields of each row that is asked for."""
-    for preset, topology, rows, sequences, tokens, sizes in rows:
+    for preset, topology, rows, sequences, tokens, sizes in table:
         title = f"{preset} {topology} {rows}x{tokens}"
         if options.only and not re.search(options.only, title):
             continue

@@ -26,10 +26,24 @@ _PROCESSES = Path("/proc")
 _SECONDS_BETWEEN_LOOKS = 0.02
 _SUBJECTS = ("code", "bread", "music", "the moon", "a garden", "money", "history", "trains")
 _WORDS = (
-    "a the and of to is it you can use this that first then with for good clear simple water time "
-    "work people house small large open close number line book light answer question reason often "
-    "never always because before after between under over left right start stop"
-).split()
+    *(
+        "the",
+        "of",
+        "to",
+        "is",
+        "you",
+        "can",
+        "use",
+        "this",
+        "that",
+        "first",
+        "then",
+        "with",
+        "good",
+    ),
+    *("clear", "simple", "water", "time", "work", "people", "house", "small", "large", "number"),
+    *("line", "book", "light", "answer", "question", "reason", "often", "always", "because"),
+)
 
 
 def benchmark_data(
@@ -123,9 +137,8 @@ class _Pipeline:
         with self._stage("features"):
             samples, _ = goal.make_samples()
         numbers = goal.train_numbers[:rows]
-        with self._stage("baselines"):
-            with tempfile.TemporaryDirectory() as folder:
-                goal.fit_baselines(Path(folder))
+        with self._stage("baselines"), tempfile.TemporaryDirectory() as folder:
+            goal.fit_baselines(Path(folder))
         with self._stage("first_batch"):
             plan = make_plan(experiment, samples, numbers)
             updates = read_ahead(plan, 0, plan.steps_per_epoch)
@@ -135,9 +148,9 @@ class _Pipeline:
             for update in updates:
                 served += _count_rows(update)
         for name, stage in self._stages.items():
-            stage["rows_per_second"] = (
-                served if name == "serve" else total
-            ) / max(stage["seconds"], 1e-9)
+            stage["rows_per_second"] = (served if name == "serve" else total) / max(
+                stage["seconds"], 1e-9
+            )
         seconds = sum(stage["seconds"] for stage in self._stages.values())
         peak = max(stage["peak_anonymous_bytes"] for stage in self._stages.values())
         return {

@@ -57,7 +57,9 @@ class Samples:
         self.num_rows = len(labels)
         self.sides = self._features[0].sides
         self.pools_last = self._features[0].pools_last
-        self.lengths = np.concatenate([feature.lengths for feature in self._features])
+        self.lengths = self._features[0].lengths
+        if len(self._features) > 1:
+            self.lengths = np.concatenate([feature.lengths for feature in self._features])
         self.labels = labels
         if len(self._features) > 1:
             exchanged = np.array([1, 0, 2, -1], labels.dtype)[labels]
@@ -296,7 +298,8 @@ class BatchPlan:
         order = self._orders.get(epoch)
         if order is None:
             generator = np.random.default_rng([self.seed, epoch])
-            order = self.rows[generator.permutation(len(self.rows))]
+            order = self.rows.copy()  # eight bytes a row, shuffled in place
+            generator.shuffle(order)
             if self.swap == "augment":
                 order = order + self.samples.num_rows * generator.integers(0, 2, len(order))
             self._orders.clear()  # only the epoch at hand, whatever the number of rows

@@ -54,17 +54,20 @@ def data(tmp_path):
     return read_comparisons(make_data(tmp_path)), load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("part_rows", [512, features._PART_ROWS])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-def test_every_sequence_is_the_slow_obvious_one(data, layout):
+def test_every_sequence_is_the_slow_obvious_one(data, layout, part_rows, monkeypatch):
+    monkeypatch.setattr(features, "_PART_ROWS", part_rows)
     comparisons, tokenizer = data
     found = make_features(comparisons, tokenizer, layout)
+    tokens = make_tokens(comparisons, tokenizer)
     per_row = 2 if layout.name == "response" else 1
     assert (found.num_samples, found.sides) == (ROWS * per_row, layout.sides)
     assert len(found) == found.num_samples
     rows = comparisons.table.to_pylist()
     for index, row in enumerate(rows):
         prompt, a, b = tokenizer.encode([row["prompt"], row["response_a"], row["response_b"]])
-        assert found.segment_lengths[index].tolist() == [len(prompt), len(a), len(b)]
+        assert tokens.lengths[index].tolist() == [len(prompt), len(a), len(b)]
         texts = [[prompt, a, b]] if layout.name == "single" else [[prompt, a], [prompt, b]]
         for number, segments in enumerate(texts):
             lengths = np.array([[len(segment) for segment in segments]])
