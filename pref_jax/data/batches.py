@@ -138,21 +138,26 @@ def pack(totals: np.ndarray, samples: np.ndarray, geometry: Geometry) -> list[Un
     # open_units[room] are the units with exactly that much room left: best fit without a search
     # through all units, which is what keeps packing a whole file linear.
     open_units: list[list[int]] = [[] for _ in range(longest + 1)]
+    rooms = 0  # bit r: whether open_units[r] has any; finds the fullest without looking at all
     units: list[Unit] = []
     for at in np.lexsort((samples, -totals)):
         total = int(totals[at])
-        room = next((room for room in range(total, longest + 1) if open_units[room]), None)
-        if room is None:
+        fitting = rooms >> total
+        if not fitting:
             bucket = int(np.searchsorted(geometry.unit_lengths, total))
             room = geometry.unit_lengths[bucket]
             number = len(units)
             units.append(Unit(bucket, []))
         else:
+            room = total + (fitting & -fitting).bit_length() - 1
             number = open_units[room].pop()
+            if not open_units[room]:
+                rooms ^= 1 << room
         unit = units[number]
         unit.samples.append(int(samples[at]))
         if len(unit.samples) < geometry.rows_per_unit[unit.bucket]:
             open_units[room - total].append(number)
+            rooms |= 1 << (room - total)
     return units
 
 
