@@ -156,8 +156,8 @@ def _show_plans(options):
 
     made = []
     print(
-        "| preset | slice | update | bytes of a chip | roofline tokens/s | tokens of a row | "
-        "real | rows/s at most | checkpoint |\n" + "|---" * 3 + "|---:" * 6 + "|"
+        "| preset | slice | update | bytes of a chip | tokens/s at most | tokens of a row | "
+        "real tokens | rows/s at most | checkpoint |\n" + "|---" * 3 + "|---:" * 6 + "|"
     )
     for preset, topology, fields in _select(options, PLANS):
         result = _check(options, preset, topology, fields)
@@ -175,17 +175,22 @@ def _show_plans(options):
             f"{plan.rows_per_second:,.0f}",
             f"{result['checkpoint_bytes'] / 1e6:,.0f} MB, {plan.checkpoint_seconds:.1f} s",
         )
-    titles = [f"{rows:,} rows" for rows in _EPOCHS]
+    titles = [f"{rows:,} rows: at most; at {_SHARE:.0%} of that speed" for rows in _EPOCHS]
     print("\n| preset | slice | " + " | ".join(titles) + " |\n" + "|---" * 2 + "|---:" * 3 + "|")
     for preset, topology, plan in made:
-        cells = []
-        for rows in _EPOCHS:
-            best, likely = plan.hours(rows), plan.hours(rows, _SHARE)
-            cells.append(
-                f"{best:,.3g} h, ${best * plan.price:,.0f}; "
-                f"{likely:,.3g} h, ${likely * plan.price:,.0f}"
-            )
+        cells = (
+            "; ".join(_cost(plan.hours(rows, share), plan.price) for share in (1.0, _SHARE))
+            for rows in _EPOCHS
+        )
         _print(_short(preset), topology, *cells)
+
+
+def _cost(hours, price):
+    units = (("h", 1), ("min", 60), ("s", 3600))
+    unit, size = next(unit for unit in units if hours * unit[1] >= 2 or unit == units[-1])
+    number, dollars = hours * size, hours * price
+    digits = 0 if number >= 10 else 1
+    return f"{number:,.{digits}f} {unit}, ${dollars:,.{0 if dollars >= 10 else 2}f}"
 
 
 def _pack(data, preset, fields, result):
