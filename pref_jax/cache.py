@@ -110,13 +110,15 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
             os.close(descriptor)
 
 
-def entry(kind: str, key: str, make: Callable[[Path], None]) -> Path:
+def entry(kind: str, key: str, make: Callable[[Path], None], *, wait: bool = True) -> Path:
     """The finished entry ``key`` of a kind, made if it is not there.
 
     Args:
       kind: folder of the entry.
       key: hash of everything the entry follows from.
       make: gets a path at which nothing is yet, and leaves a file or a folder there.
+      wait: whether to wait for another process that makes the entry at the moment; without, the
+        path may be that of an entry that is still to come.
 
     Returns:
       A path at which the whole entry lies, or nothing at all: it is made under another name,
@@ -130,8 +132,8 @@ def entry(kind: str, key: str, make: Callable[[Path], None]) -> Path:
     final = parent / key
     if final.exists():
         return final
-    with locked(parent / f".{key}.lock") as alone:
-        if final.exists():
+    with locked(parent / f".{key}.lock", wait=wait) as alone:
+        if final.exists() or not (alone or wait):
             return final
         _remove_leftovers(parent, key if alone else None)
         temporary = parent / f".{key}.{uuid.uuid4().hex}.tmp"

@@ -90,6 +90,7 @@ def check(config: ConfigDict, topology: Topology) -> dict[str, Any]:
         "max_length": config.input.max_length,
         "fits": fits,
         "bytes_per_chip": sizes,
+        "checkpoint_bytes": _whole_bytes(compiled.abstract),
         "hbm_bytes": chip.memory,
         "flops_per_step": work.flops,
         "bytes_per_step": work.memory_bytes,
@@ -175,6 +176,10 @@ def _sum(arguments: int, temporaries: int, output: int, program: int) -> dict[st
 def _bytes_per_device(leaf: jax.ShapeDtypeStruct) -> int:
     assert leaf.sharding is not None
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def _whole_bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _read_shortage(text: str, arguments: int) -> int:

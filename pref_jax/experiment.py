@@ -146,7 +146,7 @@ def find_backbone(config: ConfigDict, texts: "Comparisons") -> Backbone:
 
     from pref_jax.data.tokenizers import train_wordpiece
 
-    folder = train_wordpiece(_iterate_texts(texts), texts.digest)
+    folder = train_wordpiece(texts.iterate_texts, texts.digest)
     vocab_size = load_tokenizer(folder).vocab_size
     return Backbone(random_architecture(config, vocab_size), folder, base)
 
@@ -239,12 +239,6 @@ def _with_dropout(architecture: Architecture, config: ConfigDict) -> Architectur
         hidden_dropout=float(numbers.hidden_dropout),
         attention_dropout=float(numbers.attention_dropout),
     )
-
-
-def _iterate_texts(comparisons: "Comparisons") -> Any:
-    for batch in comparisons.table.select(["prompt", "response_a", "response_b"]).to_batches(1000):
-        for column in batch.columns:
-            yield from column.to_pylist()
 
 
 def exchange_responses(comparisons: "Comparisons") -> "Comparisons":

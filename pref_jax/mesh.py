@@ -61,7 +61,15 @@ def make_mesh(
             f"{_describe(sizes)} is {int(np.prod(sizes))} devices, and there are {len(devices)}",
             "set one of the sizes to -1",
         )
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    types = (AxisType.Auto,) * 3
+    try:
+        return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=types, devices=devices)
+    except NotImplementedError as error:  # only for slices of some TPU generations
+        raise InputError(
+            "--config.mesh",
+            f"{_describe(sizes)} does not fit the slice's links",
+            "choose sizes that are products of the sides of the slice: 16 x 16 for v6e-256",
+        ) from error
 
 
 def _describe(sizes: Sequence[int]) -> str:

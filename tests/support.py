@@ -58,7 +58,7 @@ class Rows:
             [generator.integers(1, VOCABULARY, length).astype(np.int32) for length in row]
             for row in self.lengths
         ]
-        self.text_lengths = np.repeat(self.lengths, 3 - self.sides, axis=1)
+        self.texts = np.repeat(self.lengths, 3 - self.sides, axis=1)
         self.starts = [[max(1, length // 4) for length in row] for row in self.lengths]
 
     def sequence(self, sample: int, side: int) -> np.ndarray:
@@ -66,6 +66,9 @@ class Rows:
 
     def type_start(self, sample: int, side: int) -> int:
         return self.starts[sample][side]
+
+    def text_lengths(self, sample: int) -> tuple[int, int]:
+        return self.texts[sample][0], self.texts[sample][1]
 
 
 def make_samples(rows: Rows, seed: int = 0) -> Samples:

@@ -18,7 +18,7 @@ from rig import REPOSITORY, call
 
 from pref_jax.compile_check import _read_shortage, check, estimate, topology_devices
 from pref_jax.config_file import load
-from pref_jax.errors import RunError
+from pref_jax.errors import InputError, RunError
 from pref_jax.experiment import Backbone, Experiment, one_tree, random_architecture
 from pref_jax.hardware import parse_topology
 from pref_jax.training.run import CompiledStep
@@ -117,6 +117,11 @@ def test_command_says_what_a_slice_would_take(tmp_path: Path) -> None:
     assert result["hbm_bytes"] == 16 * 2**30 and result["compilations"] == 1
     sizes = result["bytes_per_chip"]
     assert sizes["total"] == sum(size for name, size in sizes.items() if name != "total")
+    # Parameters and both of AdamW's moments in float32, and a few counters.
+    config = load(LLAMA, [("input.max_length", "128")])
+    backbone = Backbone(random_architecture(config, 512), Path(), {"kind": "abstract"})
+    trained = Experiment(config, backbone).count_parameters()["trainable"]
+    assert 0 < result["checkpoint_bytes"] - 12 * trained < 100
     assert 0 < sizes["temporaries"] < 2**28 and sizes["arguments"] > 2 * 64 * 128 * 3 * 2
     assert result["roofline_seconds"] > 0
 
@@ -228,3 +233,11 @@ def test_dropout_over_several_long_units_compiles() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@needs_libtpu
+def test_a_mesh_that_the_links_of_a_slice_do_not_allow_is_refused() -> None:
+    devices = topology_devices(parse_topology("v6e-256"))
+    with pytest.raises(InputError, match=r"--config\.mesh: data=4 x fsdp=64 x tensor=1"):
+        make(devices, mesh__data=4, mesh__fsdp=64)
+    assert make(devices, mesh__data=16, mesh__fsdp=16).mesh.devices.size == 256

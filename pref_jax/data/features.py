@@ -2,8 +2,13 @@
 
 Two steps, both cached: the tokens of every text (data and tokenizer decide), and the sequences
 that a model sees (the layout decides). Another layout costs no new tokenising.
+
+A large file is cut into parts of rows, an entry of the cache each. Processes that share a cache,
+such as the hosts of one run, each make the parts that no other has made or is making; what a
+killed one had finished stays.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -11,7 +16,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pref_jax import cache
+from pref_jax import cache, hosts
 from pref_jax.data.segments import Form, Layout, cut, kept_lengths
 from pref_jax.data.tokenizers import Tokenizer
 
@@ -28,15 +33,21 @@ if TYPE_CHECKING:
 
     from pref_jax.data.arena import Comparisons
 
-_VERSION = 2  # of everything here, `tokenizers` and `segments` that shapes a cached file
+_VERSION = 3  # of everything here, `tokenizers` and `segments` that shapes a cached file
 _ROWS = 512  # per record batch: a few MB of text
+_PART_ROWS = 128 * _ROWS
 TEXTS = ("prompt", "response_a", "response_b")
+# Of each sequence: tokens of its first and of its last response, before cutting.
+_LENGTHS = ("first_length", "last_length")
 
 _log = logging.getLogger(__name__)
 
 
 class _Lists:
-    """A column of integer lists in a memory-mapped Arrow file of equal record batches."""
+    """A column of integer lists in memory-mapped record batches, all but the last of one length.
+
+    Four bytes a list are held, its length.
+    """
 
     def __init__(self, batches: Sequence["pa.RecordBatch"], name: str) -> None:
         columns = [batch.column(name) for batch in batches]
@@ -60,8 +71,7 @@ class Tokens:
       lengths: int32 [rows, 3], tokens of prompt, response A and response B.
     """
 
-    def __init__(self, path: Path) -> None:
-        batches = _read(path)
+    def __init__(self, batches: Sequence["pa.RecordBatch"]) -> None:
         self._columns = [_Lists(batches, name) for name in TEXTS]
         self.lengths = np.stack([column.lengths for column in self._columns], axis=1)
 
@@ -82,28 +92,20 @@ class Features:
       sides: sequences per sample.
       pools_last: whether a sequence is judged by its last token, not by its first.
       lengths: int32 [num_samples, sides], tokens of each sequence, special tokens included.
-      segment_lengths: int32 [rows, 3], tokens of prompt, response A and response B before cutting.
-      text_lengths: int32 [num_samples, 2], tokens of A and B before cutting.
     """
 
-    def __init__(
-        self, digest: str, path: Path, layout: Layout, segment_lengths: np.ndarray
-    ) -> None:
-        batches = _read(path)
+    def __init__(self, digest: str, batches: Sequence["pa.RecordBatch"], layout: Layout) -> None:
         self.digest = digest
         self.sides = layout.sides
         self.pools_last = layout.pools_last
         self._ids = _Lists(batches, "ids")
-        self._type_starts = np.concatenate(
-            [np.zeros(0, np.int32), *(batch.column("type_start").to_numpy() for batch in batches)]
-        )
+        self._type_starts = [batch.column("type_start").to_numpy() for batch in batches]
+        self._text_lengths = [
+            [batch.column(name).to_numpy() for batch in batches] for name in _LENGTHS
+        ]
+        self._step = len(self._type_starts[0]) if batches else 1
         self.lengths = self._ids.lengths.reshape(-1, self.sides)
         self.num_samples = len(self.lengths)
-        self.segment_lengths = segment_lengths
-        # In "response" a sample has one response, and no second one to be compared with.
-        self.text_lengths = segment_lengths[:, 1:]
-        if self.num_samples > len(segment_lengths):
-            self.text_lengths = np.repeat(segment_lengths[:, 1:].reshape(-1, 1), 2, axis=1)
 
     def __len__(self) -> int:
         return self.num_samples
@@ -114,7 +116,16 @@ class Features:
 
     def type_start(self, sample: int, side: int = 0) -> int:
         """Index of the first token of type 1: behind the prompt's separator."""
-        return int(self._type_starts[sample * self.sides + side])
+        batch, place = divmod(sample * self.sides + side, self._step)
+        return int(self._type_starts[batch][place])
+
+    def text_lengths(self, sample: int) -> tuple[int, int]:
+        """Tokens of A and of B before cutting; of a single response its own, twice."""
+        found = []
+        for column, side in zip(self._text_lengths, (0, self.sides - 1), strict=True):
+            batch, place = divmod(sample * self.sides + side, self._step)
+            found.append(int(column[batch][place]))
+        return found[0], found[1]
 
 
 def make_features(
@@ -131,30 +142,51 @@ def make_features(
       layout: form of the model's input.
       progress: show a bar on a terminal, lines elsewhere.
     """
-    tokens_key = _tokens_key(comparisons, tokenizer)
-    tokens = make_tokens(comparisons, tokenizer, progress=progress)
     form = Form(layout, tokenizer)
     settings = {**asdict(form.layout), "budget": [str(share) for share in layout.budget]}
     settings["fixed"] = [piece.tolist() for piece in form.fixed]
+    tokens_key = _tokens_key(comparisons, tokenizer)
     key = _hash([tokens_key, {name: str(value) for name, value in settings.items()}])
 
-    def make(path: Path) -> None:
-        _write(path, _sequences(tokens, form), _sequence_schema())
+    @functools.cache
+    def tokens() -> Tokens:  # asked for only where a part has to be made
+        return make_tokens(comparisons, tokenizer, progress=progress)
 
-    return cache.load(
-        "features", key, make, lambda path: Features(key, path, layout, tokens.lengths)
-    )
+    def make(rows: range, path: Path) -> None:
+        _write(path, _sequences(tokens(), form, rows), _sequence_schema())
+
+    return Features(key, _load_parts("features", key, len(comparisons), make), layout)
 
 
 def make_tokens(
     comparisons: "Comparisons", tokenizer: Tokenizer, *, progress: bool = True
 ) -> Tokens:
     """All tokens of a data file, from the cache where they are there."""
+    with _Progress("tokenising", len(comparisons), progress) as bar:
 
-    def make(path: Path) -> None:
-        _write(path, _encode(comparisons, tokenizer, progress), _token_schema())
+        def make(rows: range, path: Path) -> None:
+            _write(path, _encode(comparisons, tokenizer, rows, bar), _token_schema())
 
-    return cache.load("tokens", _tokens_key(comparisons, tokenizer), make, Tokens)
+        key = _tokens_key(comparisons, tokenizer)
+        return Tokens(_load_parts("tokens", key, len(comparisons), make))
+
+
+def _load_parts(
+    kind: str, key: str, num_rows: int, make: Callable[[range, Path], None]
+) -> list["pa.RecordBatch"]:
+    """The record batches of all parts of a file; ``make`` writes those of some rows."""
+    parts = {}
+    for start in range(0, num_rows, _PART_ROWS):
+        rows = range(start, min(start + _PART_ROWS, num_rows))
+        name = key if num_rows <= _PART_ROWS else f"{key}-{start}"
+        parts[name] = functools.partial(make, rows)
+    # Hosts start at different parts and pass over what another is making; the rest is waited for.
+    names = list(parts)
+    first = len(names) * hosts.index() // hosts.count()
+    for name in names[first:] + names[:first]:
+        cache.entry(kind, name, parts[name], wait=False)
+    loaded = [cache.load(kind, name, parts[name], _read) for name in names]
+    return [batch for batches in loaded for batch in batches]
 
 
 def _tokens_key(comparisons: "Comparisons", tokenizer: Tokenizer) -> str:
@@ -174,7 +206,8 @@ def _token_schema() -> "pa.Schema":
 def _sequence_schema() -> "pa.Schema":
     import pyarrow as pa
 
-    return pa.schema([("ids", pa.list_(pa.int32())), ("type_start", pa.int32())])
+    counts = [(name, pa.int32()) for name in ("type_start", *_LENGTHS)]
+    return pa.schema([("ids", pa.list_(pa.int32())), *counts])
 
 
 def _write(path: Path, batches: Iterator[list["pa.Array"]], schema: "pa.Schema") -> None:
@@ -201,24 +234,21 @@ def _list_array(arrays: Sequence[np.ndarray]) -> "pa.Array":
 
 
 def _encode(
-    comparisons: "Comparisons", tokenizer: Tokenizer, progress: bool
+    comparisons: "Comparisons", tokenizer: Tokenizer, rows: range, bar: "_Progress"
 ) -> Iterator[list["pa.Array"]]:
     """Tokenises each text once, in threads: both tokenizers work outside Python's lock."""
-    table = comparisons.table
+    table = comparisons.table.slice(rows.start, len(rows))
 
     def encode(start: int) -> list["pa.Array"]:
-        rows = table.slice(start, _ROWS)
-        texts = [text for name in TEXTS for text in rows[name].to_pylist()]
+        part = table.slice(start, _ROWS)
+        texts = [text for name in TEXTS for text in part[name].to_pylist()]
         ids = tokenizer.encode(texts)
-        return [_list_array(ids[i * len(rows) : (i + 1) * len(rows)]) for i in range(len(TEXTS))]
+        return [_list_array(ids[i * len(part) : (i + 1) * len(part)]) for i in range(len(TEXTS))]
 
     workers = min(8, os.cpu_count() or 1)
     pending: deque[Future[list[pa.Array]]] = deque()
     starts = iter(range(0, len(table), _ROWS))
-    with (
-        _Progress("tokenising", len(table), progress) as bar,
-        ThreadPoolExecutor(workers, "tokenize") as pool,
-    ):
+    with ThreadPoolExecutor(workers, "tokenize") as pool:
         try:
             while True:
                 # No more in flight than are worked on: memory stays flat.
@@ -233,17 +263,21 @@ def _encode(
             pool.shutdown(cancel_futures=True)
 
 
-def _sequences(tokens: Tokens, form: Form) -> Iterator[list["pa.Array"]]:
+def _sequences(tokens: Tokens, form: Form, rows: range) -> Iterator[list["pa.Array"]]:
     import pyarrow as pa
 
     layout = form.layout
     # Columns of the row's segments that go into each of its sequences.
     picks = [[0, 1, 2]] if layout.sequences_per_row == 1 else [[0, 1], [0, 2]]
-    for start in range(0, len(tokens.lengths), _ROWS):
-        lengths = tokens.lengths[start : start + _ROWS]
+    for start in range(rows.start, rows.stop, _ROWS):
+        lengths = tokens.lengths[start : min(start + _ROWS, rows.stop)]
         kept = [kept_lengths(lengths[:, pick], layout) for pick in picks]
         sequences: list[np.ndarray] = []
         type_starts: list[int] = []
+        # The prompt is a sequence's first segment.
+        ends = [
+            np.stack([lengths[:, pick[at]] for pick in picks], axis=1).reshape(-1) for at in (1, -1)
+        ]
         for row in range(len(lengths)):
             segments = tokens[start + row]
             for pick, keep in zip(picks, kept, strict=True):
@@ -254,7 +288,11 @@ def _sequences(tokens: Tokens, form: Form) -> Iterator[list["pa.Array"]]:
                 ids, type_start = form.join(parts)
                 sequences.append(ids)
                 type_starts.append(type_start)
-        yield [_list_array(sequences), pa.array(type_starts, pa.int32())]
+        yield [
+            _list_array(sequences),
+            pa.array(type_starts, pa.int32()),
+            *(pa.array(column, pa.int32()) for column in ends),
+        ]
 
 
 class _Progress:

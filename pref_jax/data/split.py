@@ -75,7 +75,8 @@ def split_rows(
 def _random_rows(comparisons: Comparisons, target: int, seed: int) -> np.ndarray:
     if len(comparisons) < 2:
         raise InputError(comparisons.path, "one row cannot be split", _OWN_FILE)
-    order = np.argsort([_hash(seed, name.encode()) for name in comparisons.ids], kind="stable")
+    keys = (_hash(seed, name.encode()) for name in comparisons.iterate_ids())
+    order = np.argsort(np.fromiter(keys, np.uint64, len(comparisons)), kind="stable")
     held_out = np.zeros(len(comparisons), dtype=bool)
     held_out[order[:target]] = True
     return held_out
@@ -85,7 +86,7 @@ def _grouped_rows(comparisons: Comparisons, target: int, seed: int) -> np.ndarra
     _, sizes, member, order = _groups(comparisons, seed)
     taken = np.zeros(len(sizes), dtype=bool)
     total = 0
-    for group in order.tolist():
+    for group in order:
         if total + sizes[group] <= target:
             taken[group] = True
             total += int(sizes[group])
@@ -119,7 +120,7 @@ def _fold_rows(comparisons: Comparisons, seed: int, fold: int, folds: int | None
     order = order[np.argsort(-sizes[order], kind="stable")]
     heap = [(0, number) for number in range(folds)]
     fold_of_group = np.empty(len(unique), dtype=np.int64)
-    for group in order.tolist():
+    for group in order:
         rows, number = heapq.heappop(heap)
         fold_of_group[group] = number
         heapq.heappush(heap, (rows + int(sizes[group]), number))
@@ -140,10 +141,11 @@ def _groups(
             "all rows have the same prompt: no group can be held out",
             _OWN_FILE,
         )
-    keys = [_hash(seed, group.tobytes()) for group in unique]
-    return unique, sizes, member, np.argsort(keys, kind="stable")
+    keys = (_hash(seed, group.tobytes()) for group in unique)
+    order = np.argsort(np.fromiter(keys, np.uint64, len(unique)), kind="stable")
+    return unique, sizes, member, order
 
 
-def _hash(seed: int, data: bytes) -> np.uint64:
+def _hash(seed: int, data: bytes) -> int:
     digest = hashlib.blake2b(data, digest_size=8, key=str(seed).encode()[:64]).digest()
-    return np.uint64(int.from_bytes(digest, "little"))
+    return int.from_bytes(digest, "little")

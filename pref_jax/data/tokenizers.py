@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -402,11 +402,14 @@ class _Characters(dict[int, str]):
         return normal
 
 
-def train_wordpiece(texts: Iterable[str], digest: str, vocab_size: int = 8000) -> Path:
+def train_wordpiece(
+    texts: Callable[[], Iterable[str]], digest: str, vocab_size: int = 8000
+) -> Path:
     """Trains an uncased WordPiece vocabulary, for models without pretrained weights.
 
     Args:
-      texts: training texts, iterated twice if they have to be read.
+      texts: gives the training texts; called twice if they have to be read, so that they need not
+        be held.
       digest: hash of the texts, under which the vocabulary is cached.
       vocab_size: number of pieces at most.
 
@@ -415,13 +418,13 @@ def train_wordpiece(texts: Iterable[str], digest: str, vocab_size: int = 8000) -
       the same ids in every process.
     """
     key = hashlib.sha256(json.dumps([1, digest, vocab_size]).encode()).hexdigest()
-    return cache.entry("vocabularies", key, lambda path: _train(path, list(texts), vocab_size))
+    return cache.entry("vocabularies", key, lambda path: _train(path, texts, vocab_size))
 
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
-def _train(folder: Path, texts: list[str], vocab_size: int) -> None:
+def _train(folder: Path, texts: Callable[[], Iterable[str]], vocab_size: int) -> None:
     from tokenizers import trainers
 
     empty = WordPiece(
@@ -435,7 +438,7 @@ def _train(folder: Path, texts: list[str], vocab_size: int) -> None:
     )
     backend = _build_backend(empty)
     counts: Counter[str] = Counter()
-    for text in texts:
+    for text in texts():
         counts.update(text)
     letters: Counter[str] = Counter()
     for character, count in counts.items():
@@ -454,7 +457,7 @@ def _train(folder: Path, texts: list[str], vocab_size: int) -> None:
         limit_alphabet=len(alphabet),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer, length=len(texts))
+    backend.train_from_iterator(texts(), trainer)
     vocab = json.loads(backend.to_str())["model"]["vocab"]
     folder.mkdir()
     words = sorted(vocab, key=lambda word: vocab[word])

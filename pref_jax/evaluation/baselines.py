@@ -25,6 +25,8 @@ FILE = "baselines.json"
 _INVERSE_PENALTY = 0.1
 # Standardised features are cut here, so that a text longer than all seen cannot force a 0 or 1.
 _LARGEST_FEATURE = 4.0
+# A regression of five numbers; its memory and time should not grow with the data.
+_MOST_ROWS = 100_000
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -137,23 +139,38 @@ class Baselines:
             raise InputError(str(path), "is not a file of fitted baselines", remedy) from error
 
 
+def sample_rows(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The rows to fit on: all, or so many of them that more would not change the fit."""
+    if len(rows) <= _MOST_ROWS:
+        return rows
+    chosen = np.random.default_rng(0).choice(len(rows), _MOST_ROWS, replace=False, shuffle=False)
+    return rows[np.sort(chosen)]
+
+
 def count_words(comparisons: Any, rows: npt.ArrayLike | None = None) -> npt.NDArray[np.int64]:
     """Words (separated by white space) of prompt, response A and response B: [n, 3].
 
     Args:
       comparisons: `pref_jax.data.arena.Comparisons`; rows: which of them, in this order.
     """
+    import pyarrow as pa
+
     table = comparisons.table.select(["prompt", "response_a", "response_b"])
-    counts = np.zeros((len(table), 3), np.int64)
+    wanted = np.arange(len(table)) if rows is None else np.asarray(rows)
+    counts = np.zeros((len(wanted), 3), np.int64)
+    order = np.argsort(wanted, kind="stable")
+    ascending = wanted[order]
     start = 0
     # A small batch of texts at a time: the table is memory-mapped and may not fit.
     for batch in table.to_batches(max_chunksize=256):
-        for side in range(3):
-            texts = batch.column(side).to_pylist()
-            counts[start : start + len(batch), side] = [len(text.split()) for text in texts]
+        low, high = np.searchsorted(ascending, (start, start + len(batch)))
+        if low < high:
+            chosen = batch.take(pa.array(ascending[low:high] - start))
+            for side in range(3):
+                texts = chosen.column(side).to_pylist()
+                counts[order[low:high], side] = [len(text.split()) for text in texts]
         start += len(batch)
-    # Counted for all and chosen afterwards: taking rows of the table would copy their texts.
-    return counts if rows is None else counts[np.asarray(rows)]
+    return counts
 
 
 def count_response_words(comparisons: Any) -> npt.NDArray[np.int64]:

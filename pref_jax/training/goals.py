@@ -22,7 +22,12 @@ from pref_jax.data.batches import Samples
 from pref_jax.data.split import split_rows
 from pref_jax.errors import InputError
 from pref_jax.evaluation.baselines import FILE as BASELINES_FILE
-from pref_jax.evaluation.baselines import Baselines, count_response_words, count_words
+from pref_jax.evaluation.baselines import (
+    Baselines,
+    count_response_words,
+    count_words,
+    sample_rows,
+)
 from pref_jax.evaluation.metrics import measure_row_losses
 from pref_jax.evaluation.predict import fit_temperature, to_probabilities
 from pref_jax.evaluation.predictions import FILE as PREDICTIONS_FILE
@@ -157,7 +162,7 @@ class PreferenceGoal:
         return samples, samples if data.valid is data.train else experiment.make_samples(data.valid)
 
     def fit_baselines(self, workdir: Path) -> None:
-        train, rows = self._data.train, self._data.train_rows
+        train, rows = self._data.train, sample_rows(self._data.train_rows)
         self._baselines = Baselines.fit(
             count_words(train, rows), train.labels[rows], train.tie_allowed[rows]
         )
@@ -194,8 +199,8 @@ class PreferenceGoal:
         return {"valid": valid, "baselines": valid["baselines"], "temperature": temperature}
 
     def describe(self, samples: np.ndarray) -> str:
-        ids = self._data.train.ids
-        return _list([str(ids[sample % len(ids)]) for sample in samples[:9]])
+        train = self._data.train
+        return _list([train.id_at(int(sample) % len(train)) for sample in samples[:9]])
 
 
 class RatingGoal:

@@ -197,6 +197,7 @@ def train(config: ConfigDict, workdir: Workdir, started: float) -> dict[str, Any
     samples, valid_samples = goal.make_samples()
     plan = make_plan(experiment, samples, goal.train_numbers)
     _warn_about_schedule(config, total_steps)
+    _warn_about_idle_devices(plan)
     goal.fit_baselines(path)
 
     abstract = compiled.abstract
@@ -342,6 +343,18 @@ class _Evaluator:
         self.logits = self._predictor.logits(merged, self._samples, self._goal.valid_numbers)
         self.step = step
         return self.logits
+
+
+def _warn_about_idle_devices(plan: BatchPlan) -> None:
+    rows = plan.batch_size * (2 if plan.swap == "both" else 1)
+    units = min(units for _, units in plan.shapes())
+    if rows < units:
+        logger.warning(
+            "an update has %d rows and one pass over all devices has room for %d packed sequences: "
+            "most of it is padding; raise train.batch_size, or lower train.microbatch_size",
+            rows,
+            units,
+        )
 
 
 def _warn_about_schedule(config: ConfigDict, total_steps: int) -> None:

@@ -96,7 +96,7 @@ def describe_rows(
             {
                 "input_ids": lists[0][0] if flat else [part for part, _ in lists],
                 "token_type_ids": lists[0][1] if flat else [kinds for _, kinds in lists],
-                "text_lengths": samples.text_lengths[sample].tolist(),
+                "text_lengths": list(samples.text_lengths(sample)),
                 "probabilities": [float(value) for value in probabilities[sample]],
             }
         )

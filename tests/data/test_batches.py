@@ -1,6 +1,7 @@
 """The plan loses no row, repeats none, and is a function of seed and step."""
 
 import dataclasses
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -196,3 +197,61 @@ def test_packing_leaves_little_padding() -> None:
     )
     assert padding_fraction(packed.update(step) for step in range(10)) < 0.1
     assert padding_fraction(padded.update(step) for step in range(10)) > 0.25
+
+
+def test_an_epoch_is_the_seeds_permutation_of_its_rows() -> None:
+    """Runs started by older versions go on with the same updates."""
+    rows = np.random.default_rng(0).permutation(500)[:300]
+    before = rows.copy()
+    plan = dataclasses.replace(_plan(500), rows=rows)
+    for epoch in (1, 0):
+        steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
+        order = np.random.default_rng([plan.seed, epoch]).permutation(300)
+        found = np.concatenate([plan.sample_numbers(step) for step in steps])
+        np.testing.assert_array_equal(found, rows[order])
+    np.testing.assert_array_equal(rows, before)
+
+
+def test_each_row_goes_into_the_fullest_unit_that_has_room() -> None:
+    random = np.random.default_rng(0)
+    geometry = make_geometry(64, 2, packing=True)
+    for _ in range(20):
+        totals = random.integers(1, 129, int(random.integers(1, 80)))
+        units: list[list[int]] = []
+        buckets: list[int] = []
+        room: list[int] = []
+        unfilled: list[int] = []  # the last one changed comes last
+        for row in np.argsort(-totals, kind="stable").tolist():
+            fitting = [unit for unit in unfilled if room[unit] >= totals[row]]
+            if fitting:
+                unit = min(reversed(fitting), key=room.__getitem__)
+                unfilled.remove(unit)
+            else:
+                unit = len(units)
+                units.append([])
+                buckets.append(int(totals[row] > 64))
+                room.append(geometry.unit_lengths[buckets[unit]])
+            units[unit].append(row)
+            room[unit] -= int(totals[row])
+            if len(units[unit]) < geometry.rows_per_unit[buckets[unit]]:
+                unfilled.append(unit)
+        found = pack(totals, np.arange(len(totals)), geometry)
+        assert [unit.samples for unit in found] == units
+        assert [unit.bucket for unit in found] == buckets
+
+
+def test_a_plan_holds_a_few_bytes_a_row() -> None:
+    """Of a million rows their order, eight bytes each, and no Python object."""
+    rows = 200_000
+    features = Rows([[20, 20]])
+    features.lengths = np.full((rows, 2), 20, np.int32)
+    numbers, labels, allowed = np.arange(rows), np.zeros(rows, np.int8), np.ones(rows, bool)
+    tracemalloc.start()
+    samples = Samples([features], labels, allowed)
+    plan = dataclasses.replace(_plan(), samples=samples, rows=numbers)
+    for step in (0, plan.steps_per_epoch):  # the second epoch takes the place of the first
+        plan.sample_numbers(step)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 10 * rows
+    assert peak < 18 * rows

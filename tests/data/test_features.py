@@ -4,13 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from pref_jax import cache
+from pref_jax import cache, hosts
 from pref_jax.data import features
 from pref_jax.data.arena import read_comparisons
 from pref_jax.data.features import make_features, make_tokens
@@ -54,17 +55,20 @@ def data(tmp_path):
     return read_comparisons(make_data(tmp_path)), load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("part_rows", [512, features._PART_ROWS])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-def test_every_sequence_is_the_slow_obvious_one(data, layout):
+def test_every_sequence_is_the_slow_obvious_one(data, layout, part_rows, monkeypatch):
+    monkeypatch.setattr(features, "_PART_ROWS", part_rows)
     comparisons, tokenizer = data
     found = make_features(comparisons, tokenizer, layout)
+    tokens = make_tokens(comparisons, tokenizer)
     per_row = 2 if layout.name == "response" else 1
     assert (found.num_samples, found.sides) == (ROWS * per_row, layout.sides)
     assert len(found) == found.num_samples
     rows = comparisons.table.to_pylist()
     for index, row in enumerate(rows):
         prompt, a, b = tokenizer.encode([row["prompt"], row["response_a"], row["response_b"]])
-        assert found.segment_lengths[index].tolist() == [len(prompt), len(a), len(b)]
+        assert tokens.lengths[index].tolist() == [len(prompt), len(a), len(b)]
         texts = [[prompt, a, b]] if layout.name == "single" else [[prompt, a], [prompt, b]]
         for number, segments in enumerate(texts):
             lengths = np.array([[len(segment) for segment in segments]])
@@ -78,6 +82,11 @@ def test_every_sequence_is_the_slow_obvious_one(data, layout):
             assert found.sequence(*place).tolist() == ids.tolist()
             assert found.type_start(*place) == type_start
             assert found.lengths[place] == len(ids) <= layout.max_length
+        if layout.name == "response":
+            whole = [found.text_lengths(2 * index + side) for side in range(2)]
+            assert whole == [(len(a), len(a)), (len(b), len(b))]
+        else:
+            assert found.text_lengths(index) == (len(a), len(b))
 
 
 def test_sequences_are_views_into_the_file(data):
@@ -192,3 +201,51 @@ def test_memory_is_flat_in_the_number_of_rows(tmp_path):
         )
         peaks.append(int(result.stdout))
     assert peaks[1] < peaks[0] * 1.3 + 1e6
+
+
+def test_parts_that_another_process_makes_are_left_to_it(data, monkeypatch):
+    """The rest is made meanwhile, and the result is that of one process."""
+    comparisons, tokenizer = data
+    expected = make_tokens(comparisons, tokenizer)
+    cache.clear()
+    monkeypatch.setattr(features, "_PART_ROWS", 512)
+    key = features._tokens_key(comparisons, tokenizer)
+    counting, found = Counting(tokenizer), []
+    folder = cache.folder("tokens")
+    ours = threading.Thread(target=lambda: found.append(make_tokens(comparisons, counting)))
+    with cache.locked(folder / f".{key}-512.lock"):
+        ours.start()
+        deadline = time.monotonic() + 30
+        while counting.texts < 3 * (ROWS - 512) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert counting.texts == 3 * (ROWS - 512)
+        assert not found and not (folder / f"{key}-512").exists()
+    ours.join()  # the other one was killed: its part is made here in the end
+    assert counting.texts == 3 * ROWS
+    for row in range(ROWS):
+        for ids, wanted in zip(found[0][row], expected[row], strict=True):
+            np.testing.assert_array_equal(ids, wanted)
+
+
+def test_hosts_start_at_different_parts(data, monkeypatch):
+    comparisons, tokenizer = data
+    monkeypatch.setattr(features, "_PART_ROWS", 256)
+    orders = []
+    for host in range(3):
+        monkeypatch.setattr(hosts, "index", lambda host=host: host)
+        monkeypatch.setattr(hosts, "count", lambda: 3)
+        made = []
+
+        def make(rows, path, made=made):
+            made.append(rows.start)
+            features._write(
+                path,
+                features._encode(comparisons, tokenizer, rows, features._Progress("", 0, False)),
+                features._token_schema(),
+            )
+
+        features._load_parts("tokens", f"host{host}", ROWS, make)
+        orders.append(made)
+    parts = list(range(0, ROWS, 256))
+    assert [order[0] for order in orders] == [parts[0], parts[2], parts[4]]
+    assert all(sorted(order) == parts for order in orders)

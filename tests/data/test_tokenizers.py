@@ -225,7 +225,8 @@ TEXTS = [f"The Quick brown fox number {i} jumps über 懒狗 {i % 7}" for i in r
 TRAIN = """
 import sys, json
 from pref_jax.data.tokenizers import train_wordpiece
-folder = train_wordpiece(json.loads(sys.stdin.read()), "digest", 300)
+texts = json.loads(sys.stdin.read())
+folder = train_wordpiece(lambda: iter(texts), "digest", 300)
 print((folder / "vocab.txt").read_text(encoding="utf-8"), end="")
 """
 
@@ -253,9 +254,9 @@ def test_trained_vocabulary_is_the_same_in_every_process(tmp_path):
 
 def test_trained_vocabulary_is_cached_and_readable(tmp_path, monkeypatch):
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
-    folder = train_wordpiece(iter(TEXTS), "digest", 300)
+    folder = train_wordpiece(lambda: iter(TEXTS), "digest", 300)
     assert train_wordpiece(pytest.fail, "digest", 300) == folder  # not even looked at
-    assert train_wordpiece(TEXTS, "other", 300) != folder
+    assert train_wordpiece(lambda: iter(TEXTS), "other", 300) != folder
     tokenizer = load_tokenizer(folder)
     ids = tokenizer.encode(["the quick FOX 懒 [SEP]"])[0]
     assert tokenizer.decode(ids).startswith("the quick fox 懒")

@@ -12,7 +12,7 @@ import pytest
 from sklearn.metrics import log_loss
 
 from pref_jax.errors import InputError
-from pref_jax.evaluation.baselines import NAMES, Baselines, count_words
+from pref_jax.evaluation.baselines import NAMES, Baselines, count_words, sample_rows
 
 SHARED = Path(os.environ.get("PREF_JAX_SHARED", Path(__file__).parents[3] / "shared"))
 
@@ -103,6 +103,20 @@ def test_words_are_counted_for_the_rows_asked_for_in_their_order() -> None:
 
     assert count_words(Comparisons()).tolist() == [[2, 3, 0], [0, 1, 2]]
     assert count_words(Comparisons(), [1, 0, 1]).tolist() == [[0, 1, 2], [2, 3, 0], [0, 1, 2]]
+
+
+def test_many_rows_are_fitted_on_a_sample_that_says_the_same() -> None:
+    words, labels = _biased_rows(250_000)
+    rows = np.arange(len(labels))[::-1]
+    chosen = sample_rows(rows)
+    assert len(np.unique(chosen)) == 100_000 and chosen[0] > 249_000 and chosen[-1] < 1000
+    np.testing.assert_array_equal(sample_rows(rows[:100_000]), rows[:100_000])
+    test_words, test_labels = _biased_rows(5000, seed=1)
+    losses = []
+    for part in (rows, chosen):
+        fitted = Baselines.fit(words[part], labels[part])
+        losses.append(log_loss(test_labels, fitted.predict("length", test_words)))
+    assert abs(losses[0] - losses[1]) < 1e-3
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real data at {SHARED} (PREF_JAX_SHARED)")

@@ -26,7 +26,7 @@ def exchange(rows: Rows) -> Rows:
     """The same rows with both sequences, and both responses, exchanged."""
     other = Rows(rows.lengths[:, ::-1])
     other.ids, other.starts = [row[::-1] for row in rows.ids], [row[::-1] for row in rows.starts]
-    other.text_lengths = rows.text_lengths[:, ::-1]
+    other.texts = rows.texts[:, ::-1]
     return other
 
 
@@ -35,13 +35,13 @@ def one_side(rows: Rows, side: int) -> Rows:
     other = Rows(rows.lengths[:, side : side + 1])
     other.ids = [row[side : side + 1] for row in rows.ids]
     other.starts = [row[side : side + 1] for row in rows.starts]
-    other.text_lengths = rows.text_lengths[:, :: 1 if side == 0 else -1]
+    other.texts = rows.texts[:, :: 1 if side == 0 else -1]
     return other
 
 
 def make_rows() -> Rows:
     rows = Rows(LENGTHS)
-    rows.text_lengths = np.array(TEXTS, np.int32)
+    rows.texts = np.array(TEXTS, np.int32)
     return rows
 
 
@@ -100,7 +100,7 @@ def test_every_head_equals_its_export_and_symmetric_ones_exchange(
     if lengths:
         unequal = [row for row, texts in enumerate(TEXTS) if texts[0] != texts[1]]
         untold = make_rows()
-        untold.text_lengths = np.full_like(untold.text_lengths, 128)
+        untold.texts = np.full_like(untold.texts, 128)
         moved = np.abs(logits_of(model, params, as_samples(untold, head)) - ours)[unequal]
         assert moved.max(axis=1).min() > 1e-3
 
@@ -146,7 +146,7 @@ def torch_logits(folder: Path, model: PreferenceClassifier, params: Any, rows: R
             types[0, side, rows.starts[row][side] : count] = 1
             mask[0, side, :count] = 1
         with torch.no_grad():
-            told = torch.tensor(rows.text_lengths[row : row + 1].copy())
+            told = torch.tensor(rows.texts[row : row + 1].copy())
             logits.append(module(inputs, mask, types, text_lengths=told).logits[0].numpy())
     return np.stack(logits)
 
