@@ -52,13 +52,12 @@ class Logit:
         Raises:
           ValueError, TypeError, KeyError: it is none.
         """
-        lists = [
-            [_finite(number) for number in content[name]]
-            for name in ("mean", "scale", "coefficients")
-        ]
+        names = ("mean", "scale", "coefficients")
+        lists = [[_finite(number) for number in content[name]] for name in names]
         if any(len(numbers) != _FEATURES for numbers in lists) or min(lists[1]) <= 0:
             raise ValueError(f"no regression of {_FEATURES} features")
-        return cls(*lists, _finite(content["intercept"]))
+        mean, scale, coefficients = lists
+        return cls(mean, scale, coefficients, _finite(content["intercept"]))
 
 
 @dataclass(frozen=True)

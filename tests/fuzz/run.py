@@ -3,9 +3,9 @@
     python tests/fuzz/run.py csv --seconds=600
     python tests/fuzz/run.py all --seconds=60 --findings=/tmp/findings
 
-Begins with the target's seeds and with ``corpus/TARGET``, of which nothing is changed. An input that fails is written to the
-folder of findings, with its traceback on standard error; once it is mended it belongs into the
-corpus, which the tests replay. Seconds are of processor time.
+Begins with the target's seeds and with ``corpus/TARGET``, of which nothing is changed. An input
+that fails is written to the folder of findings, with its traceback on standard error; once it is
+mended it belongs into the corpus, which the tests replay. Seconds are of processor time.
 """
 
 from __future__ import annotations
@@ -66,8 +66,10 @@ def _run(name: str, seconds: float, findings: Path) -> bool:
         while used < seconds - 1 and not code:
             before = _children_seconds()
             process = subprocess.Popen(
-                [sys.executable, __file__, name, f"--inside={folder}"]
-                + [f"--findings={findings}", f"--seconds={seconds - used}"],
+                [
+                    *(sys.executable, __file__, name, f"--inside={folder}"),
+                    *(f"--findings={findings}", f"--seconds={seconds - used}"),
+                ],
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -76,9 +78,10 @@ def _run(name: str, seconds: float, findings: Path) -> bool:
             assert process.stderr is not None
             last: list[str] = []
             for line in process.stderr:
-                last = [*last[-60:], line]
                 if found := re.match(r"#(\d+)\s|Done (\d+) runs", line):
                     inputs = int(found[1] or found[2])
+                else:
+                    last = [*last[-200:], line]
             code = process.wait()
             used, tried = used + _children_seconds() - before, tried + inputs
             if code:
@@ -104,7 +107,9 @@ def _fuzz(name: str, folder: Path, findings: Path, seconds: float) -> None:
     with atheris.instrument_imports(include=_INSTRUMENTED, enable_loader_override=False):
         from fuzz import targets
     logging.disable(logging.CRITICAL)
-    for seed in targets.TARGETS[name].seeds():  # what is imported late is not the first input's doing
+    for seed in targets.TARGETS[
+        name
+    ].seeds():  # what is imported late is not the first input's doing
         targets.run(name, seed)
 
     def try_one(content: bytes) -> None:

@@ -40,7 +40,7 @@ from pref_jax.config import (
 )
 from pref_jax.config_file import override, take_overrides
 from pref_jax.data.arena import normalise_prompt, parse_turns, read_comparisons
-from pref_jax.data.segments import TRUNCATIONS, Layout, cut, kept_lengths
+from pref_jax.data.segments import TRUNCATIONS, cut, kept_lengths
 from pref_jax.errors import InputError, RunError
 from pref_jax.evaluation import baselines, predictions
 from pref_jax.evaluation.baselines import Baselines, Logit
@@ -57,7 +57,16 @@ from pref_jax.weights.huggingface import read_architecture
 WORDS = (
     *(b"\x00", b'"', b'""', b"\\", b"[", b"]", b"{", b"}", b",", b"\n", b"\r", b"\xff", b"0"),
     *(b"null", b"true", b"-1", b"1e999", b"NaN", b"-Infinity", b"[[", b'\\ud800"', b"\xef\xbb\xbf"),
-    *(b"9" * 30, b"1e19", b"0x10", b"(0.1,0.9)", b"\xff" * 8, b"\x00" * 8, b"\xd9\xa3", b"\xc2\xb2"),
+    *(
+        b"9" * 30,
+        b"1e19",
+        b"0x10",
+        b"(0.1,0.9)",
+        b"\xff" * 8,
+        b"\x00" * 8,
+        b"\xd9\xa3",
+        b"\xc2\xb2",
+    ),
 )
 _NESTED = (b"[" * 3000, b'{"a":' * 3000, b"9" * 5000)
 CORPUS = Path(__file__).resolve().parent / "corpus"
@@ -206,7 +215,7 @@ def _budget(folder: Path, content: bytes) -> None:
     form = make_layout(config)
     numbers = [int(word) for word in lengths.split(",")[:3] if word.isdecimal() and len(word) < 9]
     columns = len(form.budget)
-    table = np.array((numbers + [0, 0, 0])[:columns])[None]
+    table = np.array([*numbers, 0, 0, 0][:columns])[None]
     kept = kept_lengths(table, form)
     assert (kept <= table).all() and (kept >= 0).all() and kept.sum() <= form.room
     for given, some in zip(table[0], kept[0], strict=True):
@@ -378,11 +387,11 @@ def _answer_seeds() -> list[bytes]:
 
 def _reply(folder: Path, content: bytes) -> None:
     """Its first line is the status, the second the header that says when to ask again."""
-    status, after, *body = content.split(b"\n", 2)
+    status, after, body = (*content.split(b"\n", 2), b"", b"")[:3]
     code = int(status) if status.isdigit() and len(status) == 3 else 200
     headers = {"Retry-After": after.decode("latin-1")}
     try:
-        _read_response(code, headers, body[0] if body else b"")
+        _read_response(code, headers, body)
     except (RefusedError, TransientError) as error:
         assert len(str(error)) < 2000
 
@@ -517,9 +526,7 @@ TARGETS = {
     ),
     "result": Target(_run_file("result.json"), lambda: [_json(_RESULT)]),
     "run_config": Target(
-        lambda folder, content: check(
-            read_config(_written(folder, "config.json", content).parent)
-        ),
+        lambda folder, content: check(read_config(_written(folder, "config.json", content).parent)),
         _run_config_seeds,
     ),
     "safetensors": Target(_safetensors, _safetensors_seeds),
