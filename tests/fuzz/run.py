@@ -107,9 +107,7 @@ def _fuzz(name: str, folder: Path, findings: Path, seconds: float) -> None:
     with atheris.instrument_imports(include=_INSTRUMENTED, enable_loader_override=False):
         from fuzz import targets
     logging.disable(logging.CRITICAL)
-    for seed in targets.TARGETS[
-        name
-    ].seeds():  # what is imported late is not the first input's doing
+    for seed in targets.beginnings(name):  # what is imported late is not the first input's doing
         targets.run(name, seed)
 
     def try_one(content: bytes) -> None:
