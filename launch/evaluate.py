@@ -21,6 +21,12 @@ flags.DEFINE_string("output", None, "JSON file to write.")
 flags.DEFINE_string("annotations", None, "Ratings to judge a multi-task run by: JSON lines.")
 flags.DEFINE_bool("swap_average", False, "Score both orders of the responses and average.")
 flags.DEFINE_string("base", None, "Where the frozen weights of the run are now, if they moved.")
+flags.DEFINE_integer(
+    "microbatch_size",
+    None,
+    "Sequences per device and forward pass; as in training when nothing is said.",
+    lower_bound=1,
+)
 hosts.define_flags()
 
 
@@ -36,6 +42,7 @@ def main(options):
             swap_average=options.swap_average,
             base=options.base,
             annotations=options.annotations,
+            microbatch_size=options.microbatch_size,
         )
 
 

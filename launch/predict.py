@@ -21,6 +21,12 @@ flags.DEFINE_string("data", None, "CSV, CSV.gz or Parquet; labels are not needed
 flags.DEFINE_string("output", None, "The submission file to write.", required=True)
 flags.DEFINE_bool("swap_average", False, "Score both orders of the responses and average.")
 flags.DEFINE_string("base", None, "Where the frozen weights of the run are now, if they moved.")
+flags.DEFINE_integer(
+    "microbatch_size",
+    None,
+    "Sequences per device and forward pass; as in training when nothing is said.",
+    lower_bound=1,
+)
 hosts.define_flags()
 
 
@@ -35,6 +41,7 @@ def main(options):
             options.output,
             swap_average=options.swap_average,
             base=options.base,
+            microbatch_size=options.microbatch_size,
         )
 
 

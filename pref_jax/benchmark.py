@@ -1,8 +1,6 @@
 """Speed of the real step on real rows, warm."""
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +16,7 @@ from pref_jax.data.batches import Samples, Update, padding_fraction, prediction_
 from pref_jax.evaluation.predict import place_update
 from pref_jax.experiment import Experiment, find_backbone
 from pref_jax.hardware import find_chip
+from pref_jax.memory import peak_bytes, shortage_explained
 from pref_jax.models.bert import EncoderConfig
 from pref_jax.models.llama import LlamaConfig
 from pref_jax.training.loop import read_ahead
@@ -99,15 +98,6 @@ def peak_flops(device: jax.Device, devices: int) -> float:
     return devices * (math.nan if chip is None else chip.peak_flops)
 
 
-def peak_memory(device: jax.Device) -> int:
-    """Most bytes in use on the device so far; on CPU the process's resident memory."""
-    statistics = device.memory_stats() if device.platform != "cpu" else None
-    if statistics:
-        return int(statistics["peak_bytes_in_use"])
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
-
-
 def benchmark(config: ConfigDict, *, mode: str, steps: int, rows: int | None) -> dict[str, Any]:
     """Runs the compiled training step or the compiled prediction and measures it.
 
@@ -127,7 +117,8 @@ def benchmark(config: ConfigDict, *, mode: str, steps: int, rows: int | None) ->
     chosen = np.arange(samples.num_rows)[:rows]
     device = experiment.mesh.devices.flat[0]
     run = _time_training if mode == "train" else _time_prediction
-    timing = run(experiment, samples, chosen, steps)
+    with shortage_explained(experiment, "benchmark"):
+        timing = run(experiment, samples, chosen, steps)
     updates, seconds = timing["updates"], np.array(timing["seconds"])
     lengths = np.concatenate([_sequence_lengths(update) for update in updates])
     scored = sum(int((packed.samples >= 0).sum()) for u in updates for packed in u.buckets)
@@ -154,7 +145,7 @@ def benchmark(config: ConfigDict, *, mode: str, steps: int, rows: int | None) ->
         },
         "compile_seconds": timing["compile_seconds"],
         "compilations": timing["compilations"],
-        "peak_memory_bytes": peak_memory(device),
+        "peak_memory_bytes": peak_bytes(device),
         "device": f"{experiment.mesh.devices.size} x {device.device_kind}",
     }
 

@@ -37,6 +37,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 from absl import flags
 
 from pref_jax.errors import InputError, RunError
+from pref_jax.memory import is_shortage
 
 Main = Callable[..., int | None]
 
@@ -228,7 +229,7 @@ def _report(error: BaseException, debug: bool) -> int:
         with contextlib.suppress(OSError, ValueError, io.UnsupportedOperation):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+    if is_shortage(error):
         return _print_error(
             f"{sys.argv[0]}: out of memory; lower --config.train.microbatch_size, or set "
             "--config.train.remat=full",

@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 
 from pref_jax import hosts
 from pref_jax import mesh as meshes
+from pref_jax.accelerators import describe_mixture, find_weakest
 from pref_jax.annotation.properties import Property, PropertySet, load_properties
 from pref_jax.config import parse_targets
 from pref_jax.data.batches import Geometry, Samples, make_geometry
@@ -31,6 +32,7 @@ from pref_jax.data.segments import Layout
 from pref_jax.data.tokenizers import TOKENIZER_FILES, load_tokenizer
 from pref_jax.errors import InputError
 from pref_jax.files import read_json, write_json
+from pref_jax.memory import shortage_explained
 from pref_jax.models.attention import choose_implementation
 from pref_jax.models.bert import EncoderConfig
 from pref_jax.models.causal_attention import choose_causal_implementation
@@ -304,7 +306,7 @@ class Experiment:
                 f"{'key/value' if self.is_decoder else 'attention'} heads",
                 "choose a divisor",
             )
-        device = self.mesh.devices.flat[0]
+        device = find_weakest(list(self.mesh.devices.flat))
         self.precision = choose_precision(config.train.precision, device)
         self.attention = self._choose_attention(device)
         packing = config.input.packing
@@ -662,6 +664,18 @@ class Experiment:
             "trainable": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trainable)),
         }
 
+    def bytes_per_device(self, *, training: bool) -> int:
+        """Of weights, and in training of the gradients and both moments of those that train."""
+
+        def count(tree: Any) -> int:
+            return sum(
+                math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+                for leaf in jax.tree.leaves(tree)
+            )
+
+        trainable, frozen = self.split(self.abstract_params)
+        return count(frozen) + count(trainable) * (4 if training else 1)
+
 
 def _without_place(value: Any) -> Any:
     """What has to stay the same of an entry of the model file: weights may move, not change."""
@@ -776,19 +790,27 @@ def read_config(workdir: Path) -> ConfigDict:
     return config
 
 
-def load_run(workdir: Path, *, mesh: dict[str, int] | None = None, base: str | None = None) -> Run:
+def load_run(
+    workdir: Path,
+    *,
+    mesh: dict[str, int] | None = None,
+    base: str | None = None,
+    microbatch_size: int | None = None,
+) -> Run:
     """Loads the best checkpoint of a workdir onto this machine's devices.
 
     Args:
       workdir: a run that has been evaluated at least once.
       mesh: sizes of the mesh; all devices on the batch axis when nothing is said.
       base: where the frozen weights are now, if not where the run found them.
+      microbatch_size: sequences per device and forward pass; None: as in training.
 
     Raises:
       InputError: no run, no evaluated checkpoint, or a base that is gone or has changed.
     """
     config = read_config(workdir)
     config.mesh.update(mesh or {"data": -1, "fsdp": 1, "tensor": 1})
+    config.train.microbatch_size = microbatch_size or config.train.microbatch_size
     architecture, origin, content = _read_model(workdir)
     if base is not None:
         if origin.get("kind") != "pretrained":
@@ -819,8 +841,9 @@ def load_run(workdir: Path, *, mesh: dict[str, int] | None = None, base: str | N
         )
     trainable, _ = experiment.split(experiment.abstract_params)
     kept = judged_name(config)
-    state, _ = checkpoints.restore(step, {kept: trainable})
-    params = _flatten(state[kept]) | _flatten(load_frozen(experiment))
+    with shortage_explained(experiment, "predict"):
+        state, _ = checkpoints.restore(step, {kept: trainable})
+        params = _flatten(state[kept]) | _flatten(load_frozen(experiment))
     return Run(
         workdir=workdir,
         experiment=experiment,
@@ -870,14 +893,18 @@ def load_frozen(experiment: Experiment) -> Any:
     return experiment.split(experiment.initial_params())[1]
 
 
+_HOTTEST = 1e6  # far above what is fitted
+
+
 def _read_temperature(workdir: Path) -> float:
     path = workdir / "calibration.json"
     if not path.exists():
         return 1.0
-    try:
-        return float(json.loads(path.read_text())["temperature"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(str(path), f"cannot be read ({error})", "train the run again") from error
+    remedy = "train the run again"
+    temperature = read_json(path, remedy).get("temperature")
+    if not isinstance(temperature, int | float) or not 0 < temperature < _HOTTEST:
+        raise InputError(str(path), f"its temperature is {temperature!r}", remedy)
+    return float(temperature)
 
 
 def log_parts(experiment: Experiment) -> None:
@@ -894,3 +921,8 @@ def log_parts(experiment: Experiment) -> None:
         counts["total"] / 1e6,
         counts["trainable"] / 1e6,
     )
+    mixture = describe_mixture(
+        list(experiment.mesh.devices.flat), str(experiment.precision.compute)
+    )
+    if mixture is not None:
+        logger.warning("%s", mixture)

@@ -12,6 +12,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from pref_jax.accelerators import list_devices
 from pref_jax.errors import InputError
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -44,7 +45,7 @@ def make_mesh(
     Raises:
       InputError: the sizes do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else list(devices)
+    devices = list_devices() if devices is None else list(devices)
     sizes = [data, fsdp, tensor]
     if -1 in sizes:
         known = int(np.prod([size for size in sizes if size != -1]))

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pref_jax.errors import InputError
-from pref_jax.files import write_durably
+from pref_jax.files import read_json, write_durably
 
 NAMES = ("uniform", "prior", "length")
 FILE = "baselines.json"
@@ -27,6 +27,8 @@ _INVERSE_PENALTY = 0.1
 _LARGEST_FEATURE = 4.0
 # A regression of five numbers; its memory and time should not grow with the data.
 _MOST_ROWS = 100_000
+_FEATURES = 5
+_MOST = 1e15  # of a number in the file
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -44,6 +46,20 @@ class Logit:
         """Probability of the event, [n], for features [n, 5]."""
         scaled = _scale(features, np.array(self.mean), np.array(self.scale))
         return 1 / (1 + np.exp(-(scaled @ np.array(self.coefficients) + self.intercept)))
+
+    @classmethod
+    def read(cls, content: Mapping[str, Any]) -> "Logit":
+        """Takes it out of JSON.
+
+        Raises:
+          ValueError, TypeError, KeyError: it is none.
+        """
+        names = ("mean", "scale", "coefficients")
+        lists = [[_finite(number) for number in content[name]] for name in names]
+        if any(len(numbers) != _FEATURES for numbers in lists) or min(lists[1]) <= 0:
+            raise ValueError(f"no regression of {_FEATURES} features")
+        mean, scale, coefficients = lists
+        return cls(mean, scale, coefficients, _finite(content["intercept"]))
 
 
 @dataclass(frozen=True)
@@ -125,17 +141,17 @@ class Baselines:
         """
         remedy = "train the run again, or take the file from where it was trained"
         try:
-            content: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            first, second, tie = (float(value) for value in content["prior"])
+            content = read_json(path, remedy)
+            first, second, tie = (_finite(value) for value in content["prior"])
+            if min(first, second, tie) < 0 or not 0.99 < first + second + tie < 1.01:
+                raise ValueError("no shares")
             return cls(
-                rows=int(content["rows"]),
+                rows=int(_finite(content["rows"])),
                 prior=(first, second, tie),
-                tie=Logit(**content["tie"]),
-                first=Logit(**content["first"]),
+                tie=Logit.read(content["tie"]),
+                first=Logit.read(content["first"]),
             )
-        except OSError as error:
-            raise InputError(str(path), error.strerror or "cannot be read", remedy) from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise InputError(str(path), "is not a file of fitted baselines", remedy) from error
 
 
@@ -145,6 +161,13 @@ def sample_rows(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         return rows
     chosen = np.random.default_rng(0).choice(len(rows), _MOST_ROWS, replace=False, shuffle=False)
     return rows[np.sort(chosen)]
+
+
+def _finite(value: Any) -> float:
+    """``value``, if nothing that is computed with it can overflow."""
+    if not isinstance(value, int | float) or not abs(value) < _MOST:
+        raise ValueError("a number is missing or out of range")
+    return float(value)
 
 
 def count_words(comparisons: Any, rows: npt.ArrayLike | None = None) -> npt.NDArray[np.int64]:

@@ -25,6 +25,7 @@ from pref_jax.evaluation.rating_metrics import (
 from pref_jax.evaluation.submission import round_probabilities, write_submission
 from pref_jax.experiment import Run, load_run
 from pref_jax.files import check_output_file, write_durably, write_json
+from pref_jax.memory import shortage_explained
 from pref_jax.training.progress import Progress
 
 
@@ -57,7 +58,10 @@ def score_responses(run: Run, comparisons: Comparisons) -> np.ndarray:
 
 def _score_samples(run: Run, samples: Samples) -> np.ndarray:
     count = len(samples.labels)
-    with Progress(count, unit="row", description="score", shown=hosts.is_leader()) as progress:
+    with (
+        shortage_explained(run.experiment, "predict"),
+        Progress(count, unit="row", description="score", shown=hosts.is_leader()) as progress,
+    ):
         done = 0
 
         def report(more: int) -> None:
@@ -71,9 +75,18 @@ def _score_samples(run: Run, samples: Samples) -> np.ndarray:
 
 
 def predict(
-    workdir: str, data: str, output: str, *, swap_average: bool, base: str | None = None
+    workdir: str,
+    data: str,
+    output: str,
+    *,
+    swap_average: bool,
+    base: str | None = None,
+    microbatch_size: int | None = None,
 ) -> None:
     """Writes the submission for ``data``; ``base`` is where the frozen weights are now.
+
+    ``microbatch_size`` counts the sequences of a device and forward pass; as in training where
+    nothing is said.
 
     A multi-task run writes the likeliest ratings of each response instead, a JSON line each as
     launch/annotate.py does.
@@ -85,7 +98,7 @@ def predict(
     compilation.keep_compiled_programs()
     comparisons = read_comparisons(data, labelled=False)
     _agree_on_data(data, comparisons, swap_average)
-    run = load_run(Path(workdir), base=base)
+    run = load_run(Path(workdir), base=base, microbatch_size=microbatch_size)
     if run.experiment.properties is not None:
         _refuse_swap(swap_average)
         ratings = score_responses(run, comparisons).argmax(axis=-1)
@@ -108,11 +121,12 @@ def evaluate(
     swap_average: bool,
     base: str | None = None,
     annotations: str | None = None,
+    microbatch_size: int | None = None,
 ) -> dict[str, Any]:
     """Prints a table of the run's results on labelled ``data``; writes JSON where asked.
 
     Args:
-      workdir, data, output, swap_average, base: as in `predict`.
+      workdir, data, output, swap_average, base, microbatch_size: as in `predict`.
       annotations: the labels of a multi-task run, ratings of the responses in ``data``.
 
     Raises:
@@ -122,7 +136,7 @@ def evaluate(
     compilation.keep_compiled_programs()
     comparisons = read_comparisons(data, labelled=None if annotations else True)
     _agree_on_data(data, comparisons, swap_average)
-    run = load_run(Path(workdir), base=base)
+    run = load_run(Path(workdir), base=base, microbatch_size=microbatch_size)
     if (run.experiment.properties is not None) != (annotations is not None):
         raise InputError(
             "--annotations",

@@ -139,7 +139,7 @@ def _read_curves(path: Path) -> dict[str, tuple[list[int], list[float]]]:
             entry = json.loads(line)
             steps, losses = curves.get(entry["split"], ([], []))
             step, loss = int(entry["step"]), float(entry["loss"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             what = "is not a measurement with step, split and loss"
             raise InputError(f"{path}:{number}", what, "leave this run out") from error
         if math.isfinite(loss):

@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from pref_jax.accelerators import BFLOAT16_FROM, compute_capability
 from pref_jax.mesh import BATCH_AXES
 
 _MASKED = np.float32(-1e30)
@@ -38,9 +39,9 @@ def choose_causal_implementation(
         new = any(name in device.device_kind for name in ("v5", "v6", "v7"))
         return "splash" if new and head_dim % _LANES == 0 and length % _LANES == 0 else "xla"
     if device.platform == "gpu":
-        capability = float(getattr(device, "compute_capability", "0"))
+        capability = compute_capability(device) or (0, 0)
         fits = jnp.dtype(dtype).itemsize == 2 and head_dim <= 128 and head_dim % 8 == 0
-        return "cudnn" if capability >= 8.0 and fits and packing != "on" else "xla"
+        return "cudnn" if capability >= BFLOAT16_FROM and fits and packing != "on" else "xla"
     return "xla"
 
 

@@ -102,6 +102,7 @@ class TrainingLoop:
         metrics: MetricLog,
         limits: Limits,
         describe_rows: Callable[[np.ndarray], str],
+        describe_memory: Callable[[], str],
     ) -> None:
         """Collects the parts.
 
@@ -113,6 +114,7 @@ class TrainingLoop:
           checkpoints, metrics: where results go.
           limits: when to do what.
           describe_rows: ids of samples, for messages.
+          describe_memory: the line on its use, said after the first update.
         """
         self._train_step = train_step
         self._place = place
@@ -122,6 +124,7 @@ class TrainingLoop:
         self._metrics = metrics
         self._limits = limits
         self._describe_rows = describe_rows
+        self._describe_memory: Callable[[], str] | None = describe_memory
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._eval_seconds: float | None = None
         self._unreported = 0  # rows since the last line of progress
@@ -204,6 +207,9 @@ class TrainingLoop:
                 "look at these rows, or lower train.learning_rate; the last checkpoint is kept",
             )
         self._metrics.write(step + 1, "train", values | {"rows_per_second": rate})
+        if self._describe_memory is not None:
+            self._progress.note(self._describe_memory())
+            self._describe_memory = None
         self._unreported += len(numbers)
         if (step + 1) % self._limits.log_every == 0:
             self._progress.update(step + 1, rows=self._unreported, loss=values["loss"])

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from pref_jax.accelerators import BFLOAT16_FROM, TENSOR_CORES_FROM, compute_capability
+
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
@@ -25,14 +27,22 @@ def choose_precision(name: str, device: jax.Device) -> Precision:
     """Turns `train.precision` into a policy.
 
     "auto" takes bfloat16 where the hardware multiplies it (TPU; NVIDIA from Ampere, compute
-    capability 8), float16 on older GPUs (T4, V100), and float32 on CPU.
+    capability 8; AMD), float16 on older cards with tensor cores (T4, V100), and float32 on those
+    without and on CPU.
+
+    Args:
+      name: of the config.
+      device: the weakest of the mesh.
     """
     if name == "auto":
         if device.platform == "tpu":
             name = "bfloat16"
         elif device.platform == "gpu":
-            capability = float(getattr(device, "compute_capability", "8.0"))
-            name = "bfloat16" if capability >= 8.0 else "float16"
+            capability = compute_capability(device)
+            if capability is None or capability >= BFLOAT16_FROM:
+                name = "bfloat16"
+            else:
+                name = "float16" if capability >= TENSOR_CORES_FROM else "float32"
         else:
             name = "float32"
     dtype = jnp.dtype(name)

@@ -29,6 +29,7 @@ from pref_jax.experiment import (
     load_frozen,
     log_parts,
 )
+from pref_jax.memory import describe_use, shortage_explained
 from pref_jax.training.checkpoints import Checkpoints
 from pref_jax.training.goals import Goal, make_goal, read_data
 from pref_jax.training.loop import History, Limits, TrainingLoop
@@ -192,6 +193,23 @@ def train(config: ConfigDict, workdir: Workdir, started: float) -> dict[str, Any
         return result
 
     log_parts(experiment)
+    with shortage_explained(experiment, "train"):
+        result = _run(experiment, goal, workdir, started, base, total_steps)
+    if hosts.is_leader() and "best_step" in result:
+        workdir.write_result(result)
+    return result
+
+
+def _run(
+    experiment: Experiment,
+    goal: Goal,
+    workdir: Workdir,
+    started: float,
+    base: Any,
+    total_steps: int,
+) -> dict[str, Any]:
+    """Updates and evaluations of `train`, which says what the arguments and the result are."""
+    config, path = experiment.config, workdir.path
     compiled = CompiledStep(experiment, total_steps)
     compiled.start()
     samples, valid_samples = goal.make_samples()
@@ -248,6 +266,7 @@ def train(config: ConfigDict, workdir: Workdir, started: float) -> dict[str, Any
                 valid_rows=len(goal.valid_numbers),
             ),
             describe_rows=goal.describe,
+            describe_memory=lambda: describe_use(experiment.mesh.local_devices[0]),
         )
         state, stopped = loop.run(state, step, history)
         steps = int(state.step)
@@ -265,8 +284,9 @@ def train(config: ConfigDict, workdir: Workdir, started: float) -> dict[str, Any
             restored_state, _ = checkpoints.restore(best, {kept: abstract.judged})
             evaluator.score(restored_state[kept], best)
     assert evaluator.logits is not None
-    # `result.json` comes last. All hosts compute the same here, and the leader writes.
-    result = {
+    logger.info("%s", describe_use(experiment.mesh.local_devices[0]))
+    # All hosts compute the same here, and the leader writes.
+    return {
         "steps": steps,
         "best_step": history.best_step,
         "stopped": stopped,
@@ -276,9 +296,6 @@ def train(config: ConfigDict, workdir: Workdir, started: float) -> dict[str, Any
         "train_seconds": history.train_seconds,
         "compilations": {"train": compiled.compilations, "predict": predictor.compilations},
     }
-    if hosts.is_leader():
-        workdir.write_result(result)
-    return result
 
 
 # Where things lie, which may differ between hosts; their content may not.
