@@ -52,7 +52,7 @@ def main(options, config):
         keep_compiled_programs()
         result = train(config, workdir, STARTED)
         if hosts.is_leader():
-            print_result(workdir.path, result)
+            print_result(workdir.name, result)
 
 
 if __name__ == "__main__":

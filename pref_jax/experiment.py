@@ -42,6 +42,7 @@ from pref_jax.training.checkpoints import Checkpoints
 from pref_jax.training.precision import choose_precision
 from pref_jax.training.state import is_adapter, split_parameters, trainable_above
 from pref_jax.training.tasks import Task, make_rating_task, preference_task
+from pref_jax.training.mirror import local_run
 from pref_jax.training.workdir import Workdir
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def find_backbone(config: ConfigDict, texts: "Comparisons") -> Backbone:
             "start from one of them; the workdir brings its own architecture",
         )
     if section.init_from is not None:
-        workdir = Path(section.init_from)
+        workdir = local_run(section.init_from)
         if not (workdir / _MODEL_FILE).is_file():
             raise InputError(
                 "--config.model.init_from",
@@ -178,7 +179,7 @@ def find_architecture(config: ConfigDict) -> Architecture:
 
     section = config.model
     if section.init_from is not None:
-        architecture, _, _ = _read_model(Path(section.init_from))
+        architecture, _, _ = _read_model(local_run(section.init_from, checkpoint=False))
     else:
         source = resolve_source(section.pretrained)
         architecture = read_architecture(source, section.family)
@@ -543,7 +544,7 @@ class Experiment:
             from pref_jax.weights.huggingface import load_encoder
 
             return load_encoder(source, abstract)
-        run = load_run(Path(base["source"]))
+        run = load_run(base["source"])
         if run.experiment.backbone.base.get("kind") == "run" and not run.params:
             raise InputError(base["source"], "it has no parameters", "train it first")
         ours = {name: leaf.shape for name, leaf in _flatten(abstract).items()}
@@ -741,17 +742,20 @@ def read_config(workdir: Path) -> ConfigDict:
     return config
 
 
-def load_run(workdir: Path, *, mesh: dict[str, int] | None = None, base: str | None = None) -> Run:
+def load_run(
+    workdir: str | Path, *, mesh: dict[str, int] | None = None, base: str | None = None
+) -> Run:
     """Loads the best checkpoint of a workdir onto this machine's devices.
 
     Args:
-      workdir: a run that has been evaluated at least once.
+      workdir: a run that has been evaluated at least once; also ``gs://BUCKET/PATH``.
       mesh: sizes of the mesh; all devices on the batch axis when nothing is said.
       base: where the frozen weights are now, if not where the run found them.
 
     Raises:
       InputError: no run, no evaluated checkpoint, or a base that is gone or has changed.
     """
+    workdir = local_run(workdir)
     config = read_config(workdir)
     config.mesh.update(mesh or {"data": -1, "fsdp": 1, "tensor": 1})
     architecture, origin, content = _read_model(workdir)
@@ -817,7 +821,7 @@ def load_frozen(experiment: Experiment) -> Any:
                 "export, --config.model.pretrained=FOLDER to train on",
             ) from error
     elif base["kind"] == "run":
-        found = _run_digest(Path(base["source"]))
+        found = _run_digest(local_run(base["source"]))
     else:
         found = base.get("digest", "")
     if found != base.get("digest", ""):

@@ -199,7 +199,9 @@ def train(config: ConfigDict, workdir: Workdir, started: float) -> dict[str, Any
     )
     predictor = experiment.make_predictor()
     with (
-        Checkpoints(workdir.checkpoints_path, keep=config.checkpoint.keep) as checkpoints,
+        Checkpoints(
+            workdir.checkpoints_path, keep=config.checkpoint.keep, mirror=workdir.mirror
+        ) as checkpoints,
         (
             MetricLog(path, tensorboard=config.logging.tensorboard)
             if hosts.is_leader()
