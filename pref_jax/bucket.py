@@ -13,6 +13,7 @@ import base64
 import contextlib
 import hashlib
 import os
+import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -234,12 +235,12 @@ def fetch_file(place: str | os.PathLike[str]) -> str:
     if not is_url(place):
         return place
     parent, _, name = place.rpartition("/")
-    if parent == SCHEME.rstrip("/") or not name:
+    if not parent.removeprefix("gs:").strip("/") or not name:
         raise InputError(place, "is a bucket or a folder", "name one file in it")
     folder = Folder(parent)
     entry = folder.find(name)
     if entry is None:
-        raise InputError(place, "there is no such object", "check how it is written")
+        raise InputError(place, "there is no such bucket or object", "check how it is written")
     return str(_copy(folder, {name: entry}) / name)
 
 
@@ -334,8 +335,9 @@ def _explain(url: str, error: Exception) -> InputError | RunError | None:
     code = getattr(error, "code", None)
     if isinstance(error, InvalidResponse):
         code = error.response.status_code
-    reason = " ".join(str(getattr(error, "message", None) or error).split())
-    reason = reason if len(reason) <= 200 else f"{reason[:200]}..."
+    if isinstance(error, ValueError):  # a name that no bucket can have
+        return InputError(url, f"is no place in a bucket ({error})", "check how it is written")
+    reason = _shorten_reason(error)
     if code in (401, 403):
         return InputError(
             url,
@@ -346,7 +348,7 @@ def _explain(url: str, error: Exception) -> InputError | RunError | None:
         return InputError(url, "there is no such bucket or object", "check how it is written")
     if code in (400, 416):
         return InputError(url, f"was refused ({reason})", "check how it is written")
-    passing = (
+    passing: tuple[type[Exception], ...] = (
         api.RetryError,
         api.GoogleAPICallError,
         auth.TransportError,
@@ -364,3 +366,11 @@ def _explain(url: str, error: Exception) -> InputError | RunError | None:
             "look at the network, then type the same command again",
         )
     return None
+
+
+def _shorten_reason(error: Exception) -> str:
+    """What the server says, without the request that the library puts before it."""
+    text = " ".join(str(getattr(error, "message", None) or error).split())
+    said = re.search(r'"message": "(.+?)"', text) or re.search(r"https?://\S+: (.+)", text)
+    text = said[1] if said else text
+    return text if len(text) <= 200 else f"{text[:200]}..."
