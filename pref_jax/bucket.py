@@ -308,6 +308,8 @@ def _connect(url: str) -> Any:
             "reading buckets needs a package that is not installed",
             "type .venv/bin/pip install google-cloud-storage -c constraints.txt",
         ) from None
+    # Else it asks for the bucket's own description, in a thread and for traces that nobody reads.
+    os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
     # A project is asked for and plays no part in reading and writing objects.
     return storage.Client(project=os.environ.get("GOOGLE_CLOUD_PROJECT", "none"))
 
