@@ -1,8 +1,8 @@
 """Google Cloud Storage: files and folders named ``gs://BUCKET/PATH``, read and written whole.
 
 The credentials are the machine's own: a TPU VM's service account, or what ``gcloud auth
-application-default login`` left. A request that fails in a way that may pass is repeated for at most
-`PATIENCE` seconds; all else is one line.
+application-default login`` left. A request that fails in a way that may pass is repeated for at
+most `PATIENCE` seconds; all else is one line.
 
 This module imports nothing heavy: Google's library is loaded where a place is in a bucket.
 """
@@ -105,9 +105,7 @@ class Folder:
     def find(self, name: str) -> Entry | None:
         """One object; None where there is none."""
         with self._explained(name):
-            blob = self._bucket.get_blob(
-                self._prefix + name, retry=_retry(), timeout=_REQUEST
-            )
+            blob = self._bucket.get_blob(self._prefix + name, retry=_retry(), timeout=_REQUEST)
         if blob is None:
             return None
         return _describe(blob)
@@ -184,7 +182,9 @@ class Folder:
 
     def write_all(self, files: Mapping[str, Path]) -> dict[str, Entry]:
         """`write` of several files, several at a time."""
-        return dict(zip(files, _together(lambda name: self.write(name, files[name]), files)))
+        return dict(
+            zip(files, _together(lambda name: self.write(name, files[name]), files), strict=True)
+        )
 
     def remove(self, names: Iterable[str], *, generation: int | None = None) -> None:
         """Deletes objects, also such that are not there.
@@ -288,7 +288,7 @@ def hash_content(content: bytes | Path) -> str:
 
 
 def _together(work: Callable[[str], Any], names: Iterable[str]) -> list[Any]:
-    """``work`` of each name, several at a time; the first failure is raised after all have ended."""
+    """``work`` of each name, several at a time; a failure is raised after all have ended."""
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(work, names))
 

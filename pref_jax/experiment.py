@@ -39,10 +39,10 @@ from pref_jax.models.llama import LlamaClassifier, LlamaConfig
 from pref_jax.models.lora import LoRAConfig
 from pref_jax.models.rope import RopeConfig
 from pref_jax.training.checkpoints import Checkpoints
+from pref_jax.training.mirror import local_run
 from pref_jax.training.precision import choose_precision
 from pref_jax.training.state import is_adapter, split_parameters, trainable_above
 from pref_jax.training.tasks import Task, make_rating_task, preference_task
-from pref_jax.training.mirror import local_run
 from pref_jax.training.workdir import Workdir
 
 if TYPE_CHECKING:

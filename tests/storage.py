@@ -103,7 +103,9 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.headers.get("Transfer-Encoding") == "chunked":
             raise AssertionError("a body of unknown length")
-        place = re.fullmatch(r"/(?:upload/|download/|)storage/v1/b/([^/]+)(?:/o(?:/(.+))?)?", url.path)
+        place = re.fullmatch(
+            r"/(?:upload/|download/|)storage/v1/b/([^/]+)(?:/o(?:/(.+))?)?", url.path
+        )
         assert place is not None, self.path
         bucket, name = urllib.parse.unquote(place[1]), urllib.parse.unquote(place[2] or "")
         if not name and self.command == "POST" and query["uploadType"] == "multipart":

@@ -623,10 +623,11 @@ def _gather_leaves(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """
     gathered = {}
     for name, leaf in leaves.items():
+        whole = leaf
         if isinstance(leaf, jax.Array) and not leaf.is_fully_replicated:
-            whole = jax.jit(lambda one: one, out_shardings=replicated(leaf.sharding.mesh))(leaf)
-        else:
-            whole = leaf
+            assert isinstance(leaf.sharding, jax.sharding.NamedSharding)
+            everywhere = replicated(leaf.sharding.mesh)
+            whole = jax.jit(lambda one: one, out_shardings=everywhere)(leaf)
         gathered[name] = np.array(whole) if hosts.is_leader() else leaf
     return gathered
 

@@ -1,10 +1,10 @@
 """Who may write to a run in a bucket: one object that its holder renews while it lives.
 
-A bucket has no locks that end with their holder. What it has is a write that succeeds only where the
-object is of the generation that the writer has seen, so of two writers one fails. The holder writes
-the object again every `BEAT` seconds; one that has not been written for `STALE` seconds, or whose
-process has ended on this same machine, is taken over. A holder that was taken for dead finds out
-before it writes again.
+A bucket has no locks that end with their holder. What it has is a write that succeeds only where
+the object is of the generation that the writer has seen, so of two writers one fails. The holder
+writes the object again every `BEAT` seconds; one that has not been written for `STALE` seconds, or
+whose process has ended on this same machine, is taken over. A holder that was taken for dead finds
+out before it writes the next manifest.
 """
 
 import contextlib

@@ -1,11 +1,13 @@
 """A run in a bucket: trained in a folder of this machine, and kept whole in the bucket.
 
-The folder is a workdir as any other. Everything of it is put into the bucket as whole objects, in an
-order that keeps what a workdir promises: first the small files (so metric lines up to a checkpoint's
-step are never behind it), then the files of the checkpoint, and its ``manifest.json`` last. A step
-without a manifest is none, and a manifest tells by its hashes whether the rest is whole.
+The folder is a workdir as any other. Everything of it is put into the bucket as whole objects, in
+an order that keeps what a workdir promises: first the small files (so metric lines up to a
+checkpoint's step are never behind it), then the files of the checkpoint, and its ``manifest.json``
+last. A step without a manifest is none, and a manifest tells by its hashes whether the rest is
+whole.
 
-Nothing in the folder counts that is not in the bucket: a start makes the folder what the bucket has.
+What is in the folder and not in the bucket is of no weight: a start makes the folder what the
+bucket has.
 """
 
 import contextlib

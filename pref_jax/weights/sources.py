@@ -33,8 +33,9 @@ def resolve_source(pretrained: str) -> Path:
 
     Args:
       pretrained: a folder or a ``.gguf`` file; ``package:NAME/PATH`` inside an installed Python
-        package, which is not imported; ``gs://BUCKET/PATH`` of a folder or a ``.gguf`` file; or the name of a repository on the Hugging Face hub,
-        fetched into its cache where there is a network and taken from there where there is none.
+        package, which is not imported; ``gs://BUCKET/PATH`` of a folder or a ``.gguf`` file; or
+        the name of a repository on the Hugging Face hub, fetched into its cache where there is a
+        network and taken from there where there is none.
 
     Raises:
       InputError: there is no such folder, package or repository, or no way to reach it.
