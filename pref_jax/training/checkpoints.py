@@ -25,11 +25,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from pref_jax import hosts
 from pref_jax.errors import InputError, RunError
 from pref_jax.files import plain, sync, write_durably
-from pref_jax.mesh import place, replicated
+from pref_jax.mesh import place
 from pref_jax.training.mirror import Mirror
 
 logger = logging.getLogger(__name__)
@@ -626,7 +627,7 @@ def _gather_leaves(leaves: Mapping[str, Any]) -> dict[str, Any]:
         whole = leaf
         if isinstance(leaf, jax.Array) and not leaf.is_fully_replicated:
             assert isinstance(leaf.sharding, jax.sharding.NamedSharding)
-            everywhere = replicated(leaf.sharding.mesh)
+            everywhere = jax.sharding.NamedSharding(leaf.sharding.mesh, P())
             whole = jax.jit(lambda one: one, out_shardings=everywhere)(leaf)
         gathered[name] = np.array(whole) if hosts.is_leader() else leaf
     return gathered

@@ -140,9 +140,8 @@ class Mirror:
                     self._remote.locate(manifest), "was written by another program", "end it"
                 ) from error
         for other in {_step(name) for name in self._objects} - {None, *kept}:
-            below = self._below(f"checkpoints/{other}/")
-            self._remove(below & {f"checkpoints/{other}/{_MANIFEST}"})
-            self._remove(below)
+            self._remove(self._below(f"checkpoints/{other}/{_MANIFEST}"))  # first it is no step
+            self._remove(self._below(f"checkpoints/{other}/"))
 
     def close(self, *, failed: bool) -> None:
         """Puts the small files into the bucket and lets others write there.
