@@ -2,7 +2,7 @@
 
 The credentials are the machine's own: a TPU VM's service account, or what ``gcloud auth
 application-default login`` left. A request that fails in a way that may pass is repeated for at
-most `PATIENCE` seconds; all else is one line.
+most so many seconds; all else is one line.
 
 This module imports nothing heavy: Google's library is loaded where a place is in a bucket.
 """
@@ -63,6 +63,9 @@ class Folder:
     Args:
       url: ``gs://BUCKET/PATH``; of a single file, the folder that holds it.
 
+    Attributes:
+      patience: seconds that a request is tried again.
+
     Raises:
       InputError: the URL names no bucket, Google's library is not installed, or there are no
         credentials.
@@ -70,6 +73,7 @@ class Folder:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
+        self.patience = PATIENCE
         name, _, path = self.url.removeprefix(SCHEME).partition("/")
         if not name or "//" in path:
             raise InputError(url, "is no place in a bucket", "the form is gs://BUCKET/PATH")
@@ -91,7 +95,7 @@ class Folder:
         found: dict[str, Entry] = {}
         with self._explained(""):
             for blob in self._client.list_blobs(
-                self._bucket, prefix=self._prefix, retry=_retry(), timeout=_REQUEST
+                self._bucket, prefix=self._prefix, retry=self._retry(), timeout=_REQUEST
             ):
                 name = blob.name.removeprefix(self._prefix)
                 if name and not name.endswith("/"):  # consoles mark folders by such objects
@@ -105,7 +109,7 @@ class Folder:
     def find(self, name: str) -> Entry | None:
         """One object; None where there is none."""
         with self._explained(name):
-            blob = self._bucket.get_blob(self._prefix + name, retry=_retry(), timeout=_REQUEST)
+            blob = self._bucket.get_blob(self._prefix + name, retry=self._retry(), timeout=_REQUEST)
         if blob is None:
             return None
         return _describe(blob)
@@ -114,14 +118,14 @@ class Folder:
         """The bytes of an object, compared with their hash."""
         with self._explained(name):
             return self._blob(name).download_as_bytes(
-                retry=_retry(), timeout=_REQUEST, checksum="md5"
+                retry=self._retry(), timeout=_REQUEST, checksum="md5"
             )
 
     def fetch(self, name: str, entry: Entry, target: Path) -> None:
         """Writes the bytes of one generation of an object to a file, compared with their hash."""
         with self._explained(name):
             self._blob(name, entry.generation).download_to_filename(
-                str(target), retry=_retry(), timeout=_REQUEST, checksum="md5"
+                str(target), retry=self._retry(), timeout=_REQUEST, checksum="md5"
             )
 
     def fetch_all(self, entries: Mapping[str, Entry], folder: Path) -> None:
@@ -144,7 +148,6 @@ class Folder:
         content: bytes | Path,
         *,
         generation: int | None = None,
-        patience: float | None = None,
     ) -> Entry:
         """Replaces an object in one step.
 
@@ -152,7 +155,6 @@ class Folder:
           content: its bytes, or the file that holds them.
           generation: what the object has to be at this moment, 0 where it must not be there; None:
             whatever it is.
-          patience: seconds that it is tried again, instead of `PATIENCE`.
 
         Raises:
           Conflict: the object is of another generation.
@@ -162,7 +164,7 @@ class Folder:
         blob = self._blob(name)
         common = {
             "if_generation_match": generation,
-            "retry": _retry(patience),
+            "retry": self._retry(),
             "timeout": _REQUEST,
             "checksum": "md5",
         }
@@ -198,7 +200,7 @@ class Folder:
             with self._explained(name), contextlib.suppress(NotFound):
                 try:
                     self._blob(name).delete(
-                        if_generation_match=generation, retry=_retry(), timeout=_REQUEST
+                        if_generation_match=generation, retry=self._retry(), timeout=_REQUEST
                     )
                 except PreconditionFailed:
                     raise Conflict(self.locate(name)) from None
@@ -208,6 +210,11 @@ class Folder:
     def _blob(self, name: str, generation: int | None = None) -> Any:
         return self._bucket.blob(self._prefix + name, generation=generation)
 
+    def _retry(self) -> Any:
+        from google.cloud.storage.retry import DEFAULT_RETRY
+
+        return DEFAULT_RETRY.with_delay(initial=0.25, maximum=4.0).with_timeout(self.patience)
+
     @contextlib.contextmanager
     def _explained(self, name: str) -> Iterator[None]:
         try:
@@ -215,7 +222,7 @@ class Folder:
         except (InputError, RunError, Conflict):
             raise
         except Exception as error:
-            line = _explain(self.locate(name), error)
+            line = _explain(self.locate(name), error, self.patience)
             if line is None:
                 raise
             raise line from error
@@ -314,14 +321,7 @@ def _connect(url: str) -> Any:
     return storage.Client(project=os.environ.get("GOOGLE_CLOUD_PROJECT", "none"))
 
 
-def _retry(patience: float | None = None) -> Any:
-    from google.cloud.storage.retry import DEFAULT_RETRY
-
-    seconds = PATIENCE if patience is None else patience
-    return DEFAULT_RETRY.with_delay(initial=0.25, maximum=4.0).with_timeout(seconds)
-
-
-def _explain(url: str, error: Exception) -> InputError | RunError | None:
+def _explain(url: str, error: Exception, patience: float) -> InputError | RunError | None:
     """The one line of what Google's library raises; None for anything else."""
     import requests
     from google.api_core import exceptions as api
@@ -364,7 +364,7 @@ def _explain(url: str, error: Exception) -> InputError | RunError | None:
         reason = type(cause).__name__ if isinstance(error, api.RetryError) else reason
         return RunError(
             url,
-            f"the bucket could not be reached for {PATIENCE:g} s ({reason})",
+            f"the bucket could not be reached for {patience:g} s ({reason})",
             "look at the network, then type the same command again",
         )
     return None

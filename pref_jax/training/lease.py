@@ -80,7 +80,7 @@ class Lease:
                     logger.info("took %s over from %s", self._folder.url, _describe(holder))
                     break
                 continue
-            if watched == 0 or entry is first:
+            if entry is first:
                 logger.info("%s is held by %s: does it live?", self._folder.url, _describe(holder))
             time.sleep(min(_POLL, BEAT / 2.0))
         self._thread = threading.Thread(target=self._live, name="lease", daemon=True)

@@ -30,6 +30,9 @@ _MANIFEST = "manifest.json"
 _STEP = re.compile(r"checkpoints/(\d+)/(.+)", re.ASCII)
 _NOT_KEPT = ("checkpoints", "damaged")  # folders that are no small files
 _ATTEMPTS = 3  # to read a run that is being written
+# Seconds that a run which is going on waits for its bucket, in the background; nobody may take a
+# silent run over within them (`lease.STALE`).
+PATIENCE = 100.0
 
 
 class Mirror:
@@ -92,6 +95,7 @@ class Mirror:
             else:
                 path.unlink()
         self._remote.fetch_all(wanted, self.path)
+        self._remote.patience = PATIENCE
 
     def fetch(self, step: int) -> None:
         """Brings a checkpoint here that another host has put into the bucket."""

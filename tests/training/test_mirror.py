@@ -17,6 +17,7 @@ from storage import Storage
 
 from pref_jax import bucket, cache
 from pref_jax.errors import InputError, RunError
+from pref_jax.training import mirror
 from pref_jax.training.checkpoints import Checkpoints
 from pref_jax.training.mirror import Mirror, local_run
 from pref_jax.training.workdir import Workdir
@@ -30,6 +31,7 @@ def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Storage
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", storage.address)
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(bucket, "PATIENCE", 1.0)
+    monkeypatch.setattr(mirror, "PATIENCE", 3.0)
     yield storage
     storage.close()
 
@@ -134,11 +136,11 @@ def test_nothing_counts_that_is_only_here(storage: Storage) -> None:
     )
     with pytest.raises(InputError, match=r"^gs://b/run/checkpoints/2/.*: no permission"):
         work(2)
-    mirror = Mirror(URL)
-    assert (mirror.path / "checkpoints/2").is_dir()
+    path = Mirror(URL).path
+    assert (path / "checkpoints/2").is_dir()
     storage.fault = lambda method, name: None
     assert restore()[0] == 1
-    assert not mirror.path.exists()
+    assert not path.exists()
 
 
 def test_writer_that_was_replaced_writes_no_more(storage: Storage) -> None:
@@ -161,3 +163,15 @@ def test_foreign_files_are_not_fetched(storage: Storage) -> None:
             pass
         assert not [name for method, name in storage.requests if method == "GET" and name]
         storage.objects.clear()
+
+
+def test_a_run_waits_longer_for_its_bucket_than_a_start(storage: Storage) -> None:
+    with (
+        pytest.raises(RunError, match="could not be reached for 3 s"),
+        Workdir(URL) as workdir,
+        open_checkpoints(workdir) as checkpoints,
+    ):
+        storage.fault = lambda method, name: 503
+        checkpoints.save(1, make_state(1), {})
+    with pytest.raises(RunError, match="could not be reached for 1 s"), Workdir(URL):
+        pass
