@@ -17,9 +17,12 @@ pytest.importorskip("google.cloud.storage", reason="needs pip install pref_jax[g
 from storage import Storage
 
 from pref_jax import bucket, cache
+from pref_jax.annotation.properties import DEFAULT_FILE, load_properties
+from pref_jax.annotation.ratings import read_ratings
 from pref_jax.bucket import Conflict, Folder, fetch_file, fetch_folder
 from pref_jax.data.arena import read_comparisons
 from pref_jax.errors import InputError, RunError
+from pref_jax.weights.sources import resolve_source
 
 
 @pytest.fixture
@@ -172,3 +175,18 @@ def test_without_the_library_it_says_what_to_type(
     monkeypatch.setattr(builtins, "__import__", fail)
     with pytest.raises(InputError, match=r"pip install google-cloud-storage -c constraints"):
         fetch_file("gs://b/x.csv")
+
+
+def test_weights_and_ratings_come_from_a_bucket_too(storage: Storage) -> None:
+    for name in ("config.json", "model.safetensors", "vocab.txt", "pytorch_model.bin", "run.py"):
+        storage.put(f"gs://b/weights/{name}", name.encode())
+    storage.put("gs://b/small.gguf", b"GGUF")
+    folder = resolve_source("gs://b/weights")
+    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors", "vocab.txt"]
+    assert resolve_source("gs://b/small.gguf").read_bytes() == b"GGUF"
+    storage.put("gs://b/set.toml", DEFAULT_FILE.read_bytes())
+    properties = load_properties("gs://b/set.toml")
+    assert properties == load_properties()
+    storage.put("gs://b/r.jsonl", b'{"id": "1", "side": "c", "ratings": {}}\n')
+    with pytest.raises(InputError, match=r"^gs://b/r.jsonl:1: its side is 'c'"):
+        read_ratings("gs://b/r.jsonl", properties)
