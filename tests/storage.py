@@ -81,7 +81,8 @@ class Storage:
 
 class _Handler(BaseHTTPRequestHandler):
     storage: Storage
-    protocol_version = "HTTP/1.1"
+    # A connection for each request: `command.call` waits for the threads that began meanwhile.
+    protocol_version = "HTTP/1.0"
 
     def log_message(self, format: str, *arguments: Any) -> None:
         pass
