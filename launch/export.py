@@ -23,7 +23,7 @@ def main(flag_values: flags.FlagValues) -> None:
     from pref_jax.weights.run import export_run
 
     folder = export_run(
-        Path(flag_values.workdir),
+        flag_values.workdir,
         Path(flag_values.output),
         merge=flag_values.merge,
         base=flag_values.base,

@@ -4,19 +4,19 @@
 #   ./launch/tpu_vm.sh create NAME --zone=us-west4-a --type=v5litepod-8 [--spot]
 #   ./launch/tpu_vm.sh setup NAME --zone=us-west4-a
 #   ./launch/tpu_vm.sh train NAME --zone=us-west4-a --type=v5litepod-8 --bucket=gs://mine/runs/lora \
-#       --copy=gs://mine/train.csv [--spot] [--max_hours=20] [--keep] \
-#       -- --config=configs/llama_lora.py --config.data.train=train.csv
+#       [--spot] [--max_hours=20] [--keep] \
+#       -- --config=configs/llama_lora.py --config.data.train=gs://mine/train.csv
 #   ./launch/tpu_vm.sh status|logs|fetch|delete NAME --zone=us-west4-a
 #
 # `train` does all of it: it asks for the VM where there is none, installs the project on every host,
-# starts the training command, copies the run to the bucket every minute, and makes everything again
-# from there when the VM was pre-empted. When training has ended, well or badly, or the time is up,
+# starts the training command, which keeps its run in the bucket, and makes everything again from
+# there when the VM was pre-empted. When training has ended, well or badly, or the time is up,
 # it deletes the VM, so that nothing is left running; `--keep` leaves it. The VM deletes itself one
 # hour after --max_hours, if its service account may, so this machine may be switched off.
 #
 #   --project=P      the Cloud project                       --version=V   the VM's runtime
 #   --valid_for=6h   how long a request may wait              --workdir=DIR where `fetch` puts the run
-#   --shared=DIR     a disk that all hosts have mounted: needed where the slice has several
+#   --copy=gs://B/X  copied to the project's folder on every host: what the flags name as local
 #   --dry_run        prints every command, runs none
 #
 # Each command is printed before it is run. Flags may stand in PREF_JAX_TPU_ZONE, _PROJECT, _TYPE,
@@ -29,7 +29,7 @@ fail() {
 }
 
 help() {
-  sed -n '2,26s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+  sed -n '2,24s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
 }
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -45,7 +45,6 @@ valid_for=6h
 spot=
 max_hours=24
 copies=()
-shared=
 workdir=
 keep=
 dry_run=
@@ -75,7 +74,6 @@ while (($#)); do
   --valid_for=*) valid_for=${1#*=} ;;
   --max_hours=*) max_hours=${1#*=} ;;
   --copy=*) copies+=("${1#*=}") ;;
-  --shared=*) shared=${1#*=} ;;
   --workdir=*) workdir=${1#*=} ;;
   --spot) spot=1 ;;
   --keep) keep=1 ;;
@@ -181,41 +179,23 @@ setup() {
   rm -rf "$(dirname "$archive")"
   ((code == 0)) || return 1
   remote='set -e; mkdir -p pref_jax; tar -xzf pref_jax.tar.gz -C pref_jax; cd pref_jax; '
-  remote+='bash -c "source launch/environment.sh && install tpu"'
+  remote+='bash -c "source launch/environment.sh && install tpu,gcs"'
   on_hosts all "$remote"
 }
 
-hosts_of() {
-  [[ -z $dry_run ]] || {
-    echo 1
-    return
-  }
-  vm describe "$name" --format='value(networkEndpoints.len())'
-}
-
 start() { # HOURS
-  local hours=$1 folder=runs/$name remote count source
-  count=$(hosts_of) || return 1
-  if ((count > 1)); then
-    if [[ -z $shared ]]; then
-      echo "error: --shared: $name has $count hosts, which need one disk; name its folder" >&2
-      return 1
-    fi
-    folder=$shared/$name
-  fi
-  remote="set -e; cd pref_jax; rm -f exit_code; mkdir -p $(words "$folder"); "
+  local hours=$1 remote source
+  remote="set -e; cd pref_jax; rm -f exit_code; "
   for source in "${copies[@]}"; do
     remote+="gcloud storage cp --recursive $(words "$source") .; "
   done
-  # Where the bucket has nothing yet there is nothing to take from it.
-  remote+="gcloud storage rsync --recursive $(words "$bucket" "$folder") || true; "
   # The last resort, should nobody be there to delete the VM.
   remote+="sudo systemctl stop pref_jax_end.timer 2>/dev/null || true; "
   remote+="sudo systemd-run --collect --unit=pref_jax_end --on-active=$((hours + 1))h "
   remote+="gcloud compute tpus queued-resources delete $(words "$name" "${place[@]}") "
   remote+="--force --quiet || true; "
-  remote+="setsid nohup bash launch/tpu_host.sh $(words "$folder" "$bucket") "
-  remote+="$(words --num_hosts=auto --config.train.max_hours="$hours" "${training[@]}") "
+  remote+="setsid nohup bash launch/tpu_host.sh "
+  remote+="$(words --workdir="$bucket" --num_hosts=auto --config.train.max_hours="$hours" "${training[@]}") "
   remote+="> train.log 2>&1 < /dev/null &"
   on_hosts all "$remote"
 }

@@ -7,7 +7,8 @@ Examples:
       --workdir=runs/mine --config.train.max_hours=8.5
   python launch/train.py --clear_cache
 
-Several hosts train one run together: the same command on each, a --workdir that all of them see,
+Several hosts train one run together: the same command on each, a --workdir that all of them see
+(a shared disk, or gs://BUCKET/PATH),
 and who is who; the first address is host 0's.
   python launch/train.py --config=configs/quickstart.py --workdir=/shared/mine \
       --coordinator=10.0.0.1:8476 --num_hosts=2 --host=0   # and --host=1 on the second one
@@ -22,7 +23,11 @@ from absl import flags  # noqa: E402
 
 from pref_jax import command, hosts  # noqa: E402
 
-flags.DEFINE_string("workdir", None, "Folder of the run; by default runs/ and the config's name.")
+flags.DEFINE_string(
+    "workdir",
+    None,
+    "Folder of the run, also gs://BUCKET/PATH; by default runs/ and the config's name.",
+)
 flags.DEFINE_bool("clear_cache", False, "Empty the cache of features and compiled programs.")
 hosts.define_flags()
 
@@ -52,7 +57,7 @@ def main(options, config):
         keep_compiled_programs()
         result = train(config, workdir, STARTED)
         if hosts.is_leader():
-            print_result(workdir.path, result)
+            print_result(workdir.name, result)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 from absl import flags
 
-from pref_jax.errors import InputError, RunError
+from pref_jax.errors import InputError, RunError, shown
 from pref_jax.memory import is_shortage
 
 Main = Callable[..., int | None]
@@ -272,7 +272,7 @@ def _set_up_streams() -> None:
 def _set_up_logging(debug: bool) -> None:
     """Our own lines go to standard output: standard error is for the one line of an error."""
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Formatter("%(message)s"))
     logger = logging.getLogger("pref_jax")
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
@@ -282,6 +282,13 @@ def _set_up_logging(debug: bool) -> None:
     warnings.filterwarnings("ignore")
     for name in ("absl", "jax", "tensorflow", "transformers", "orbax", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+class _Formatter(logging.Formatter):
+    """Names what the user named, not the local copy of it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))
 
 
 class Outcome(NamedTuple):

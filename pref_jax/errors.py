@@ -6,6 +6,20 @@ Everything else is a defect of this project and keeps its traceback.
 _LONGEST_PLACE = 300  # characters of a message's WHERE
 _LONGEST_WORD = 200  # characters of a file name in the rest
 
+_copies: dict[str, str] = {}  # path of a local copy -> what the user named
+
+
+def show_as(copy: object, original: str) -> None:
+    """From now on messages name ``original`` where they would name its local copy."""
+    _copies[str(copy)] = original
+
+
+def shown(text: str) -> str:
+    """``text`` with what the user named in place of its local copies."""
+    for copy, original in _copies.items():
+        text = text.replace(copy, original)
+    return text
+
 
 class _OneLineError(Exception):
     """Message of the form ``WHERE: what is wrong; what to do``."""
@@ -44,4 +58,4 @@ def _shorten_words(text: str) -> str:
 
 
 def _one_line(text: object) -> str:
-    return " ".join(str(text).split()) or "?"
+    return " ".join(shown(str(text)).split()) or "?"

@@ -41,6 +41,7 @@ from pref_jax.models.llama import LlamaClassifier, LlamaConfig
 from pref_jax.models.lora import LoRAConfig
 from pref_jax.models.rope import RopeConfig
 from pref_jax.training.checkpoints import Checkpoints
+from pref_jax.training.mirror import local_run
 from pref_jax.training.precision import choose_precision
 from pref_jax.training.state import is_adapter, split_parameters, trainable_above
 from pref_jax.training.tasks import (
@@ -112,7 +113,7 @@ def find_backbone(config: ConfigDict, texts: "Comparisons") -> Backbone:
             "start from one of them; the workdir brings its own architecture",
         )
     if section.init_from is not None:
-        workdir = Path(section.init_from)
+        workdir = local_run(section.init_from)
         if not (workdir / _MODEL_FILE).is_file():
             raise InputError(
                 "--config.model.init_from",
@@ -185,7 +186,7 @@ def find_architecture(config: ConfigDict) -> Architecture:
 
     section = config.model
     if section.init_from is not None:
-        architecture, _, _ = _read_model(Path(section.init_from))
+        architecture, _, _ = _read_model(local_run(section.init_from, checkpoint=False))
     else:
         source = resolve_source(section.pretrained)
         architecture = read_architecture(source, section.family)
@@ -580,7 +581,7 @@ class Experiment:
             from pref_jax.weights.huggingface import load_encoder
 
             return load_encoder(source, abstract)
-        run = load_run(Path(base["source"]))
+        run = load_run(base["source"])
         if run.experiment.backbone.base.get("kind") == "run" and not run.params:
             raise InputError(base["source"], "it has no parameters", "train it first")
         ours = {name: leaf.shape for name, leaf in _flatten(abstract).items()}
@@ -791,7 +792,7 @@ def read_config(workdir: Path) -> ConfigDict:
 
 
 def load_run(
-    workdir: Path,
+    workdir: str | Path,
     *,
     mesh: dict[str, int] | None = None,
     base: str | None = None,
@@ -800,7 +801,7 @@ def load_run(
     """Loads the best checkpoint of a workdir onto this machine's devices.
 
     Args:
-      workdir: a run that has been evaluated at least once.
+      workdir: a run that has been evaluated at least once; also ``gs://BUCKET/PATH``.
       mesh: sizes of the mesh; all devices on the batch axis when nothing is said.
       base: where the frozen weights are now, if not where the run found them.
       microbatch_size: sequences per device and forward pass; None: as in training.
@@ -808,6 +809,7 @@ def load_run(
     Raises:
       InputError: no run, no evaluated checkpoint, or a base that is gone or has changed.
     """
+    workdir = local_run(workdir)
     config = read_config(workdir)
     config.mesh.update(mesh or {"data": -1, "fsdp": 1, "tensor": 1})
     config.train.microbatch_size = microbatch_size or config.train.microbatch_size
@@ -881,7 +883,7 @@ def load_frozen(experiment: Experiment) -> Any:
                 "export, --config.model.pretrained=FOLDER to train on",
             ) from error
     elif base["kind"] == "run":
-        found = _run_digest(Path(base["source"]))
+        found = _run_digest(local_run(base["source"]))
     else:
         found = base.get("digest", "")
     if found != base.get("digest", ""):

@@ -36,6 +36,7 @@ def check_output_file(
     """
     if not str(path):
         raise InputError(flag, "no file named", f"name one, as in {flag}=submission.csv")
+    _refuse_bucket(path, flag)
     target = Path(path)
     if os.path.isdir(target):
         raise InputError(str(target), "is a directory", f"name a file in it with {flag}")
@@ -81,6 +82,7 @@ def make_output_folder(path: str | Path, flag: str = "--output") -> Path:
     """
     if not str(path):
         raise InputError(flag, "no folder named", f"name one, as in {flag}=report")
+    _refuse_bucket(path, flag)
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -225,6 +227,13 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"duplicate key: {name}")
         value[name] = part
     return value
+
+
+def _refuse_bucket(path: str | Path, flag: str) -> None:
+    if str(path).startswith("gs:/"):
+        raise InputError(
+            flag, "only the runs of launch/train.py are written to a bucket", "name a local place"
+        )
 
 
 def _probe(folder: Path) -> None:

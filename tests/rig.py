@@ -166,6 +166,7 @@ def _fork(
     environment = {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {xla_flags}".strip(),
         "PREF_JAX_CACHE": os.environ["PREF_JAX_CACHE"],
+        "STORAGE_EMULATOR_HOST": os.environ.get("STORAGE_EMULATOR_HOST", ""),
     }
     process = context.Process(target=target, args=(log, environment, *rest), daemon=True)
     process.start()

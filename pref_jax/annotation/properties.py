@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from pref_jax.bucket import fetch_file
 from pref_jax.errors import InputError
 
 DEFAULT_FILE = Path(__file__).with_name("properties.toml")
@@ -71,8 +72,8 @@ def load_properties(path: str | Path | None = None) -> PropertySet:
     Raises:
       InputError: no such file, or what is wrong in it.
     """
-    path = DEFAULT_FILE if path is None else Path(path)
-    where = str(path)
+    where = str(DEFAULT_FILE if path is None else path)
+    path = Path(fetch_file(where))
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from pref_jax.annotation.properties import PropertySet
+from pref_jax.bucket import fetch_file
 from pref_jax.errors import InputError
 from pref_jax.files import unique_keys
 
@@ -105,7 +106,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
       InputError: no such file, or a line that is not a JSON object or has a key twice.
     """
     try:
-        content = Path(path).read_bytes()
+        content = Path(fetch_file(path)).read_bytes()
     except OSError as error:
         reason = (error.strerror or "cannot be read").lower()
         raise InputError(str(path), reason, "check the path") from error

@@ -37,6 +37,7 @@ import numpy as np
 import pyarrow as pa
 
 from pref_jax import cache
+from pref_jax.bucket import fetch_file
 from pref_jax.errors import InputError
 
 LABELS = ("winner_model_a", "winner_model_b", "winner_tie")
@@ -132,15 +133,16 @@ def read_comparisons(path: str | os.PathLike[str], *, labelled: bool | None = No
     """Reads and checks a file of comparisons, from the cache where the same bytes were read before.
 
     Args:
-      path: a ``.csv``, ``.csv.gz`` or ``.parquet`` file.
+      path: a ``.csv``, ``.csv.gz`` or ``.parquet`` file; also ``gs://BUCKET/PATH``.
       labelled: True: the three winner columns are required; False: they are not looked at; None:
         they are used where the file has them.
 
     Raises:
       InputError: the file cannot be read, or a row of it is wrong (named ``FILE:ROW``).
-      RunError: the disk of the cache is full.
+      RunError: the disk of the cache is full, or a bucket cannot be reached.
     """
-    path = os.fspath(path)
+    named = os.fspath(path)
+    path = fetch_file(named)
     status = _regular_file(path)
     digest = _digest(path)
 
@@ -163,7 +165,7 @@ def read_comparisons(path: str | os.PathLike[str], *, labelled: bool | None = No
             notes["first_empty_text"],
             notes["empty_texts"],
         )
-    return Comparisons(path=path, digest=digest, table=table)
+    return Comparisons(path=named, digest=digest, table=table)
 
 
 def _read_entry(folder: Path) -> tuple[dict[str, Any], pa.Table]:
@@ -180,7 +182,7 @@ def iterate_cells(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     """
     stack: list[IO[bytes]] = []
     try:
-        rows = _open_rows(os.fspath(path), stack)
+        rows = _open_rows(fetch_file(path), stack)
         for cells in rows.cells:
             yield dict(zip(rows.columns, cells, strict=False))
     finally:

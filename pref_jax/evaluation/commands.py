@@ -98,7 +98,7 @@ def predict(
     compilation.keep_compiled_programs()
     comparisons = read_comparisons(data, labelled=False)
     _agree_on_data(data, comparisons, swap_average)
-    run = load_run(Path(workdir), base=base, microbatch_size=microbatch_size)
+    run = load_run(workdir, base=base, microbatch_size=microbatch_size)
     if run.experiment.properties is not None:
         _refuse_swap(swap_average)
         ratings = score_responses(run, comparisons).argmax(axis=-1)
@@ -136,7 +136,7 @@ def evaluate(
     compilation.keep_compiled_programs()
     comparisons = read_comparisons(data, labelled=None if annotations else True)
     _agree_on_data(data, comparisons, swap_average)
-    run = load_run(Path(workdir), base=base, microbatch_size=microbatch_size)
+    run = load_run(workdir, base=base, microbatch_size=microbatch_size)
     if (run.experiment.properties is not None) != (annotations is not None):
         raise InputError(
             "--annotations",

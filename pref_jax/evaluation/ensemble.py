@@ -14,6 +14,7 @@ from pref_jax.evaluation.metrics import measure_row_losses
 from pref_jax.evaluation.submission import OUT_OF_FOLD_FILE, read_submission, write_submission
 from pref_jax.experiment import load_run
 from pref_jax.files import check_output_file
+from pref_jax.training.mirror import local_run
 
 
 def parse_weights(text: str | None, runs: Sequence[str]) -> np.ndarray:
@@ -66,7 +67,7 @@ def ensemble(
     labelled = bool((labels >= 0).all())
     mean = np.zeros((len(comparisons), 3))
     for workdir, share in zip(runs, shares, strict=True):
-        run = load_run(Path(workdir), base=base)
+        run = load_run(workdir, base=base)
         if run.experiment.properties is not None:
             raise InputError(
                 workdir, "is a multi-task run, which knows no preferences", "leave it out"
@@ -95,7 +96,7 @@ def join_folds(runs: Sequence[str], output: str) -> None:
     sums: dict[str, np.ndarray] = {}
     counts: dict[str, int] = {}
     for workdir in runs:
-        path = Path(workdir) / OUT_OF_FOLD_FILE
+        path = local_run(workdir) / OUT_OF_FOLD_FILE
         if not path.is_file():
             raise InputError(
                 str(path), "is missing", "train that run to its end with --config.data.fold"

@@ -12,6 +12,7 @@ from pref_jax.evaluation import baselines, predictions
 from pref_jax.evaluation.baselines import Baselines
 from pref_jax.evaluation.predictions import Predictions
 from pref_jax.files import read_json
+from pref_jax.training.mirror import local_run
 
 _PARTS = ("config.json", "metrics.jsonl", "result.json")
 
@@ -73,7 +74,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
     """
     if not paths:
         raise InputError("RUN", "no run named", "name the folders that launch/train.py wrote")
-    folders = [Path(path) for path in paths]
+    folders = [local_run(path, checkpoint=False) for path in paths]
     real = [folder.resolve() for folder in folders]
     for place, folder in enumerate(real):
         if folder in real[:place]:

@@ -4,6 +4,9 @@ Orbax writes the arrays of a step into a temporary folder. Before it renames tha
 ``STEP``, a callback forces the files to the disk and adds ``manifest.json``: the SHA-256 of
 every file, the shapes of the leaves and the caller's ``info``. So a folder with a manifest is a
 whole checkpoint, and a flipped bit, which Orbax restores in silence, is found.
+
+Hosts on one disk write their parts into one folder. Hosts that have only a bucket in common have
+each a folder of their own: the leader gathers the state, writes it and puts it into the bucket.
 """
 
 import contextlib
@@ -15,17 +18,20 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from pref_jax import hosts
 from pref_jax.errors import InputError, RunError
 from pref_jax.files import plain, sync, write_durably
 from pref_jax.mesh import place
+from pref_jax.training.mirror import Mirror
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +64,7 @@ class Checkpoints:
       keep: how many of the newest checkpoints stay; the best one stays besides.
       metric: the entry of ``info`` whose lowest value is the best; None or absent: not measured.
       read_only: leaves everything as it is, for reading beside a run that is writing.
+      mirror: puts what is written into a bucket; ``directory`` is then this host's own.
     """
 
     def __init__(
@@ -67,11 +74,17 @@ class Checkpoints:
         keep: int,
         metric: str = "valid_loss",
         read_only: bool = False,
+        mirror: Mirror | None = None,
     ) -> None:
         if keep < 1:
             raise InputError("--config.checkpoint.keep", f"is {keep}", "keep at least 1 checkpoint")
         self.directory = Path(directory).absolute()
         self._keep, self._metric, self._read_only = keep, metric, read_only
+        self._mirror = mirror
+        # Of one shared folder the leader takes care alone.
+        self._owner = mirror is not None or jax.process_index() == 0
+        self._publisher = ThreadPoolExecutor(1) if mirror is not None else None
+        self._publishing: Future[None] | None = None
         self._pending: _Manifest | None = None
         self._infos: dict[int, dict[str, Any]] = {}
         if not read_only:
@@ -114,10 +127,16 @@ class Checkpoints:
         described = plain(info)
         if hosts.on_leader("checkpoint", lambda: step in self.steps()):
             self._renew_info(step, described)
+            self._start_publishing(step)
             return False
         import orbax.checkpoint as ocp
 
         leaves = _name_leaves(state)
+        if self._mirror is not None and hosts.count() > 1:
+            leaves = _gather_leaves(leaves)
+            if not hosts.is_leader():
+                self._infos[step] = described
+                return True
         self._pending = _Manifest(
             step=step,
             info=described,
@@ -133,16 +152,31 @@ class Checkpoints:
             )
         except Exception as error:
             raise self._save_error(step, error) from error
+        self._start_publishing(step)
         return True
 
     def wait(self) -> None:
-        """Returns once the save in progress is on the disk.
+        """Returns once the save in progress is on the disk, and in the bucket where there is one.
 
         Raises:
           RunError: it failed.
+          InputError: the bucket takes it no more.
         """
-        if self._pending is None:
-            return
+        if self._publishing is not None:
+            publishing, self._publishing = self._publishing, None
+            try:
+                publishing.result()
+            except (InputError, RunError):
+                self._pending = None
+                raise
+            self._pending = None
+        if self._pending is not None:
+            self._finish()
+            self._pending = None
+
+    def _finish(self) -> None:
+        """Returns once Orbax has written what is pending."""
+        assert self._pending is not None
         step = self._pending.step
         try:
             self._manager.wait_until_finished()
@@ -150,13 +184,28 @@ class Checkpoints:
                 sync(self.directory)
         except Exception as error:
             raise self._save_error(step, error) from error
-        self._pending = None
+
+    def _start_publishing(self, step: int) -> None:
+        """Puts a checkpoint into the bucket as soon as it is on the disk."""
+        if self._mirror is None or not hosts.is_leader():
+            return
+        mirror = self._mirror
+
+        def publish() -> None:
+            if self._pending is not None:
+                self._finish()
+            mirror.publish(step, self.steps())
+
+        assert self._publisher is not None
+        self._publishing = self._publisher.submit(publish)
 
     def close(self) -> None:
         """Waits, then ends Orbax's threads."""
         try:
             self.wait()
         finally:
+            if self._publisher is not None:
+                self._publisher.shutdown()
             self._drop_manager()
 
     def __enter__(self) -> "Checkpoints":
@@ -212,14 +261,14 @@ class Checkpoints:
                 raise InputError(
                     str(self.directory),
                     f"{' and '.join(blind)} can see no whole checkpoint, others see {max(steps)}",
-                    "give all hosts a --workdir on one shared disk",
+                    "give all hosts a --workdir on one shared disk, or gs://BUCKET/PATH",
                 )
             newest = min(steps)
             if max(steps) == newest:
                 break
         if newest < 0:
             return None
-        if not self._read_only and jax.process_index() == 0:
+        if not self._read_only and self._owner:
             for later in [step for step in self.steps() if step > newest]:
                 self._set_aside(later, "another host does not have it")
         self._drop_manager()  # in every process: making a new one is a meeting point of all
@@ -247,6 +296,11 @@ class Checkpoints:
         """
         self.wait()
         folder = self.directory / str(step)
+        if self._mirror is not None and hosts.count() > 1:
+            hosts.barrier("checkpoint in the bucket")
+            if not hosts.is_leader():  # what is here may be of before
+                shutil.rmtree(folder, ignore_errors=True)
+                self._mirror.fetch(step)
         remedy = f"use one of the steps {self.steps()}"
         if not folder.is_dir():
             raise InputError(str(folder), "there is no such checkpoint", remedy)
@@ -264,6 +318,12 @@ class Checkpoints:
 
         _quiet_orbax()
         policies = ocp.checkpoint_managers
+        alone = {}
+        if self._mirror is not None:  # no host waits for another one's disk
+            index = jax.process_index()
+            alone["multiprocessing_options"] = ocp.options.MultiprocessingOptions(
+                primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"host{index}"
+            )
         return ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -276,6 +336,8 @@ class Checkpoints:
                 lightweight_initialize=True,
                 save_root_metadata=False,
                 read_only=self._read_only,
+                create=self._mirror is None,
+                **alone,
             ),
         )
 
@@ -397,12 +459,17 @@ class Checkpoints:
     def _skip(self, step: int, damage: _Damage) -> None:
         if self._read_only:
             logger.warning("checkpoint %d is skipped: %s", step, damage)
-        elif jax.process_index() == 0:
+        elif self._owner:
             self._set_aside(step, str(damage))
 
     def _set_aside(self, step: int, reason: str) -> None:
         """Moves a checkpoint away, so that its step can be written again."""
         aside = self.directory.parent / "damaged" / str(step)
+        if self._mirror is not None:
+            logger.warning("checkpoint %d is skipped: %s", step, reason)
+            shutil.rmtree(self.directory / str(step), ignore_errors=True)
+            self._infos.pop(step, None)
+            return
         logger.warning("checkpoint %d is skipped: %s; moved to %s", step, reason, aside)
         try:
             aside.parent.mkdir(exist_ok=True)
@@ -418,7 +485,7 @@ class Checkpoints:
 
     def _clean(self) -> None:
         """Removes what a killed run left half written or half deleted."""
-        if jax.process_index() == 0:
+        if self._owner:
             try:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 self._remove_unfinished()
@@ -435,7 +502,7 @@ class Checkpoints:
                 self._infos[step] = _verify_sizes(folder).info
                 whole += 1
             except _Damage as damage:
-                if jax.process_index() != 0:
+                if not self._owner:
                     continue
                 if whole >= self._keep:  # its time was over: a removal was cut short
                     shutil.rmtree(folder, ignore_errors=True)
@@ -548,6 +615,22 @@ def _name_leaves(tree: Any) -> dict[str, Any]:
             raise ValueError(f"two leaves of the state are called {name}")
         named[name] = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
     return named
+
+
+def _gather_leaves(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Whole leaves on the leader, one after another; on the other hosts what they have.
+
+    All hosts have to call it: a leaf that is cut over them is put together on all devices.
+    """
+    gathered = {}
+    for name, leaf in leaves.items():
+        whole = leaf
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_replicated:
+            assert isinstance(leaf.sharding, jax.sharding.NamedSharding)
+            everywhere = jax.sharding.NamedSharding(leaf.sharding.mesh, P())
+            whole = jax.jit(lambda one: one, out_shardings=everywhere)(leaf)
+        gathered[name] = np.array(whole) if hosts.is_leader() else leaf
+    return gathered
 
 
 def _sharding(leaf: Any) -> Any:

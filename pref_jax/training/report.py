@@ -1,11 +1,10 @@
 """The table at the end of training."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 
-def print_result(workdir: Path, result: Mapping[str, Any]) -> None:
+def print_result(workdir: str, result: Mapping[str, Any]) -> None:
     """Prints log losses beside the baselines, and where the run lies."""
     if "valid" not in result:
         print(f"stopped by {result['stopped']} at update {result['steps']}; saved in {workdir}")

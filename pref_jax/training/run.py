@@ -227,7 +227,9 @@ def _run(
     )
     predictor = experiment.make_predictor()
     with (
-        Checkpoints(workdir.checkpoints_path, keep=config.checkpoint.keep) as checkpoints,
+        Checkpoints(
+            workdir.checkpoints_path, keep=config.checkpoint.keep, mirror=workdir.mirror
+        ) as checkpoints,
         (
             MetricLog(path, tensorboard=config.logging.tensorboard)
             if hosts.is_leader()

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pref_jax.bucket import fetch_file
 from pref_jax.errors import InputError
 from pref_jax.evaluation.submission import read_submission
 
@@ -25,7 +26,7 @@ def read_teachers(path: str, ids: Sequence[str], rows: np.ndarray) -> np.ndarray
     Raises:
       InputError: the file is not of that form, or says nothing of any row that trains.
     """
-    names, probabilities = read_submission(path)
+    names, probabilities = read_submission(fetch_file(path))
     known = dict(zip(names, probabilities.astype(np.float32), strict=True))
     teachers = np.zeros((len(ids), 3), np.float32)
     found = 0

@@ -14,14 +14,16 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from pref_jax import hosts
+from pref_jax.bucket import is_url
 from pref_jax.errors import InputError, shorten
 from pref_jax.files import plain, read_json, write_json
+from pref_jax.training.mirror import Mirror
 
 # What may differ between the run that started a folder and the one that goes on in it: none of
 # these shapes the result beyond rounding. A prefix stands for everything below it.
@@ -46,13 +48,25 @@ class Workdir:
     kernel gives it back however the process ends. Reading needs no ``with``. Of several hosts the
     leader takes the folder, and the others look whether it is the same one that they see.
 
+    A run in a bucket is trained in a folder of each host (`pref_jax.training.mirror`).
+
+    Args:
+      path: the folder, or ``gs://BUCKET/PATH``.
+
+    Attributes:
+      path: the folder on this host.
+      name: what the user typed.
+      mirror: of a run in a bucket, what puts it there.
+
     Raises:
       InputError: the path is a file, cannot be written, holds something else than a run, is
         held by another process, which is then named, or is not the same folder on all hosts.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.name = os.fspath(path)
+        self.mirror = Mirror(self.name) if is_url(self.name) else None
+        self.path = Path(path) if self.mirror is None else self.mirror.path
         self._lock: int | None = None
         self._made: list[Path] = []  # folders that were not there before, the innermost first
 
@@ -72,9 +86,15 @@ class Workdir:
         if hosts.is_leader():
             self.acquire()
         try:
-            self._refuse_unshared()
+            if self.mirror is None:
+                self._refuse_unshared()
+            elif hosts.count() > 1:
+                hosts.barrier("workdir")
+                if not hosts.is_leader():
+                    self.mirror.pull()
+                hosts.barrier("the run on all hosts")  # before the leader writes the first object
         except BaseException:
-            self.release()
+            self.release(failed=True)
             raise
         return self
 
@@ -84,10 +104,20 @@ class Workdir:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.release()
+        self.release(failed=error is not None)
 
     def acquire(self) -> None:
         """Makes the folder and takes it; at once, or an `InputError` that names the holder."""
+        if self.mirror is not None:
+            self.mirror.take(self._refuse_foreign)
+        try:
+            self._acquire_folder()
+        except BaseException:
+            if self.mirror is not None:
+                self.mirror.close(failed=True)
+            raise
+
+    def _acquire_folder(self) -> None:
         missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -123,7 +153,9 @@ class Workdir:
         try:
             self._refuse_vanished(lock)
             try:
-                self._refuse_foreign()
+                self._refuse_foreign(os.listdir(self.path))
+                if self.config_path.exists():
+                    self.read_config()
             except InputError:
                 if fresh:  # the folder stays as it was
                     with contextlib.suppress(OSError):
@@ -151,11 +183,21 @@ class Workdir:
             raise
         self._lock, self._made = lock, missing
 
-    def release(self) -> None:
+    def release(self, *, failed: bool = False) -> None:
         """Gives the folder back; one that it made and that stayed empty is gone again.
 
         Elsewhere the lock file stays: removing it could let two processes in.
+
+        Args:
+          failed: whether an error is on its way, of which this is the end.
         """
+        try:
+            if self.mirror is not None and (self._lock is not None or not hosts.is_leader()):
+                self.mirror.close(failed=failed)
+        finally:
+            self._release_folder()
+
+    def _release_folder(self) -> None:
         if self._lock is None:
             return
         with contextlib.suppress(OSError):
@@ -196,18 +238,19 @@ class Workdir:
                 str(self.path), "another process has just removed it", "type the same command again"
             )
 
-    def _refuse_foreign(self) -> None:
-        if self.config_path.exists():
-            self.read_config()
+    def _refuse_foreign(self, names: Iterable[str]) -> None:
+        """Refuses what lies in the folder where it is not of a run."""
+        names = sorted(names)
+        if self.config_path.name in names:
             return
         for name in _TRACES:
-            if (self.path / name).exists():
+            if name in names:
                 raise InputError(
                     str(self.path),
                     f"holds {name} but no config.json: nobody can tell which run it belongs to",
                     "give another --workdir, or remove the old files",
                 )
-        for name in sorted(os.listdir(self.path)):
+        for name in names:
             if not (name in _STARTED or name.startswith(".") or name.endswith(_LOGS)):
                 raise InputError(
                     str(self.path),

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def export_run(
-    workdir: Path, output: Path, *, merge: bool = False, base: str | None = None
+    workdir: str | Path, output: Path, *, merge: bool = False, base: str | None = None
 ) -> Path:
     """Writes the best checkpoint of `workdir` for other programs; returns the folder written.
 

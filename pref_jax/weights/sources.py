@@ -1,10 +1,12 @@
-"""Where pretrained weights come from: a local folder, an installed package, or a model hub."""
+"""Where pretrained weights come from: a folder, a bucket, an installed package, or a model hub."""
 
+import fnmatch
 import importlib.util
 import os
 import re
 from pathlib import Path, PurePosixPath
 
+from pref_jax.bucket import fetch_file, fetch_folder, is_url
 from pref_jax.errors import InputError
 
 FIELD = "--config.model.pretrained"
@@ -31,14 +33,21 @@ def resolve_source(pretrained: str) -> Path:
 
     Args:
       pretrained: a folder or a ``.gguf`` file; ``package:NAME/PATH`` inside an installed Python
-        package, which is not imported; or the name of a repository on the Hugging Face hub,
-        fetched into its cache where there is a network and taken from there where there is none.
+        package, which is not imported; ``gs://BUCKET/PATH`` of a folder or a ``.gguf`` file; or
+        the name of a repository on the Hugging Face hub, fetched into its cache where there is a
+        network and taken from there where there is none.
 
     Raises:
       InputError: there is no such folder, package or repository, or no way to reach it.
     """
     if pretrained.startswith("package:"):
         return _packaged_folder(pretrained)
+    if is_url(pretrained):
+        if pretrained.endswith(".gguf"):
+            return Path(fetch_file(pretrained))
+        return fetch_folder(
+            pretrained, lambda name: any(fnmatch.fnmatchcase(name, one) for one in PATTERNS)
+        )
     if not pretrained.strip():
         raise InputError(FIELD, "it is empty", "leave it away for random weights")
     # os.path answers False where Path raises: names too long, null bytes, unknown users
