@@ -96,7 +96,7 @@ def join_folds(runs: Sequence[str], output: str) -> None:
     sums: dict[str, np.ndarray] = {}
     counts: dict[str, int] = {}
     for workdir in runs:
-        path = local_run(workdir) / OUT_OF_FOLD_FILE
+        path = local_run(workdir, checkpoint=False) / OUT_OF_FOLD_FILE
         if not path.is_file():
             raise InputError(
                 str(path), "is missing", "train that run to its end with --config.data.fold"
