@@ -30,12 +30,11 @@ REQUIREMENTS = "requirements.txt"
 # What scoring imports of the project's requirements. TensorFlow, Orbax, scikit-learn, matplotlib
 # and what else trains, reports or annotates stays away.
 SCORING = (
-    *("absl-py", "flax", "jax", "jaxtyping", "ml-collections", "numpy", "packaging"),
+    *("absl-py", "flax", "jax", "jaxtyping", "ml-collections", "numpy"),
     *("pyarrow", "safetensors", "tokenizers", "tqdm"),
 )
 # Named by the metadata of the above, and not imported: flax's own checkpoints, and the hub.
 _LEFT_OUT = ("orbax-checkpoint", "tensorstore", "huggingface-hub")
-_NEWEST_GLIBC = 2, 5  # the first manylinux
 _PLATFORM = re.compile(r"manylinux_2_(\d+)_(x86_64|aarch64)")
 
 
@@ -120,7 +119,6 @@ def collect_wheels(
       InputError: no such platform, no network, or no wheel for that Python and platform.
       RunError: pip failed otherwise.
     """
-    platforms = target.platforms
     lines = (repository / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = {
         canonicalize_name(requirement.name): requirement.specifier
@@ -151,7 +149,7 @@ def collect_wheels(
         # Not the project itself, which stands in `folder` from the start.
         todo = [part for part in following if canonicalize_name(part.name) not in skipped]
         todo = [part for part in todo if not _is_done(part, done)]
-    return write_requirements(folder, target, platforms)
+    return write_requirements(folder, target)
 
 
 def _is_done(requirement: Requirement, done: dict[str, set[str]]) -> bool:
@@ -177,14 +175,16 @@ def _read_metadata(wheel: Path) -> Metadata:
     try:
         with ZipFile(wheel) as archive:
             name = next(
-                name for name in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", name)
+                name
+                for name in archive.namelist()
+                if re.fullmatch(r"[^/]+\.dist-info/METADATA", name)
             )
             return Metadata.from_email(archive.read(name), validate=False)
     except (BadZipFile, StopIteration, InvalidRequirement) as error:
         raise RunError(str(wheel), f"is not a whole wheel ({error})", "type it again") from error
 
 
-def write_requirements(folder: Path, target: Target, platforms: Sequence[str] = ()) -> Path:
+def write_requirements(folder: Path, target: Target) -> Path:
     """Writes `REQUIREMENTS` beside a folder of wheels.
 
     Raises:

@@ -124,9 +124,7 @@ def _read_offsets(path: Path) -> dict[str, int]:
 
 
 @contextmanager
-def open_tensors(
-    folder: Path, files: list[Path] | None = None
-) -> Iterator[dict[str, Tensor]]:
+def open_tensors(folder: Path, files: list[Path] | None = None) -> Iterator[dict[str, Tensor]]:
     """All tensors of a folder, by key. Opening reads the headers only.
 
     Args:
