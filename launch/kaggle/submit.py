@@ -6,7 +6,14 @@
 # and switch the internet off. The last cell checks the submission.
 
 # %%
+import csv
+import hashlib
+import json
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 STARTED = time.time()
 MAX_HOURS = 8.5  # of the session's nine; everything below counts
@@ -17,13 +24,6 @@ OUTPUT = None  # None: submission.csv in /kaggle/working, elsewhere in this fold
 PACKAGES = "/tmp/pref_jax_packages"  # where the wheels are installed; None: they are there already
 
 # %%
-import csv
-import hashlib
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 
 def find(name, holds=lambda path: True):

@@ -7,7 +7,13 @@
 # and save another: it goes on where the last one stopped.
 
 # %%
+import json
+import os
+import shutil
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 STARTED = time.time()
 ACCELERATOR = "gpu"
@@ -23,12 +29,6 @@ WORKING = "/kaggle/working"
 PACKAGES = "/tmp/pref_jax_packages"  # where everything is installed; None: it is there already
 
 # %%
-import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 
 def find(name, wanted):
