@@ -19,7 +19,7 @@ import numpy as np
 logger = logging.getLogger(__name__)
 
 # Rows of the first chunk, by which the speed is guessed, and the seconds that later ones may take.
-_FIRST_ROWS = 64
+_FIRST_ROWS = 16
 _CHUNK_SECONDS = 30.0
 ORDERS = ("as given", "exchanged")
 

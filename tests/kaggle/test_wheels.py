@@ -9,6 +9,7 @@ from zipfile import ZipFile
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from pref_jax.errors import InputError, RunError
 from pref_jax.kaggle import wheels
@@ -93,7 +94,7 @@ def test_platforms_are_those_of_older_libraries() -> None:
 
 
 def test_scoring_takes_packages_of_the_project(repository: Path) -> None:
-    required = {Requirement(line).name for line in read_packages(repository)}
+    required = {canonicalize_name(Requirement(line).name) for line in read_packages(repository)}
     assert {*wheels.SCORING, "gguf", "packaging"} <= required
 
 
