@@ -73,6 +73,7 @@ def run(*command):
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+    assert process.stdout is not None
     for line in process.stdout:
         print(line, end="", flush=True)
     if process.wait() != 0:

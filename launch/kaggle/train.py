@@ -20,7 +20,7 @@ ACCELERATOR = "gpu"
 SESSION_HOURS = 9.0  # after which Kaggle cuts a session
 RESERVE_HOURS = 0.25  # to finish an update, evaluate and save; Kaggle copies the output besides
 CONFIG = "configs/single_bert.py:minilm"
-OVERRIDES = []  # such as "--config.model.pretrained=/kaggle/input/FOLDER"
+OVERRIDES: list[str] = []  # such as "--config.model.pretrained=/kaggle/input/FOLDER"
 RUN = "run"  # the run's folder in the output; the same in every session
 TRAIN = None  # train.csv; None: looked for below INPUTS
 BUNDLE = None  # the training bundle; None: looked for below INPUTS
@@ -59,6 +59,7 @@ def run(*command):
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+    assert process.stdout is not None
     for line in process.stdout:
         print(line, end="", flush=True)
     if process.wait() != 0:

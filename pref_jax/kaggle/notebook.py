@@ -33,13 +33,11 @@ def build_notebook(source: Path, values: Mapping[str, Any]) -> str:
         cells.append({**cell, "source": text.strip("\n")})
     first = next(cell for cell in cells if cell["cell_type"] == "code")
     for name, value in values.items():
-        assigned = re.compile(rf"^{name} = [^#\n]*", re.MULTILINE)
-        if not assigned.search(first["source"]):
+        found = re.search(rf"^{name} = [^#\n]*?(?=\s*(#|$))", first["source"], re.MULTILINE)
+        if found is None:
             raise ValueError(f"{source}: its first cell assigns no {name}")
-        line = f"{name} = {value!r}"
-        first["source"] = assigned.sub(
-            lambda found, line=line: _replace(found[0], line), first["source"]
-        )
+        start, end = found.span()
+        first["source"] = f"{first['source'][:start]}{name} = {value!r}{first['source'][end:]}"
     for cell in cells:
         cell["source"] = cell["source"].splitlines(keepends=True)
     language = {"name": "python", "file_extension": ".py", "mimetype": "text/x-python"}
@@ -51,8 +49,3 @@ def build_notebook(source: Path, values: Mapping[str, Any]) -> str:
         "nbformat_minor": 5,
     }
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-
-
-def _replace(found: str, line: str) -> str:
-    """``line`` with the blanks that stood before a comment."""
-    return line + found[len(found.rstrip()) :]

@@ -139,7 +139,7 @@ def _load_merged(folder: Path, experiment: "Experiment") -> dict[str, Any]:
     return {"decoder": decoder, "head": head}
 
 
-_SCORE_KEYS = {("kernel",): ("score.weight", True)}
+_SCORE_KEYS: dict[names.Path, tuple[str, bool]] = {("kernel",): ("score.weight", True)}
 
 
 def _load_adapter(
