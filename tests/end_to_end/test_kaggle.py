@@ -108,14 +108,14 @@ def test_the_notebook_says_what_predict_says(
 
 
 def test_no_time_at_all_still_answers_every_row(bundle: Path, arena: Path, tmp_path: Path) -> None:
-    outcome = score(bundle, arena / "test.csv", tmp_path, "--max_hours=1e-6")
-    assert outcome.code == 0, outcome
-    ids, _ = read_submission(tmp_path / "out.csv")
-    assert len(ids) == 60
+    values = {"BUNDLE": str(bundle), "DATA": str(arena / "test.csv"), "MAX_HOURS": 1e-6}
+    done = run_notebook(bundle / "submit.ipynb", values, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(read_submission(tmp_path / "submission.csv")[0]) == 60
     result = json.loads((tmp_path / "scoring.json").read_text())
     assert {part["status"] for part in result["parts"]} == {"dropped"}
     assert result["fallback_rows"] == 60
-    assert outcome.stdout.count("dropped") >= 4 and "60 rows have the length" in outcome.stdout
+    assert done.stdout.count("dropped") >= 4 and "60 rows have the length" in done.stdout
 
 
 def score(bundle: Path, data: Path, folder: Path, *more: str):
