@@ -174,3 +174,13 @@ def test_stopping_keeps_what_is_done() -> None:
         schedule.run()
     assert schedule.parts[0].status == "partial" and 0 < seen[-1] < 1
     assert {part.status for part in schedule.parts[1:]} == {"dropped"}
+
+
+def test_the_next_model_answers_as_far_as_it_gets_where_the_first_fails() -> None:
+    clock = Clock()
+    large, small = pair(clock)
+    small.fails = "open"
+    schedule = make(clock, large, small, deadline=500, both=False)
+    schedule.run()
+    assert statuses(schedule) == {("small", 0): "failed", ("large", 0): "partial"}
+    assert 0 < schedule.answers()[1].sum() < ROWS
