@@ -61,6 +61,7 @@ logger = logging.getLogger(__name__)
 
 _MODEL_FILE = "model.json"
 _TOKENIZER_FOLDER = "tokenizer"
+_NO_MODEL = "give the --workdir of a run that has started to train"
 
 
 Architecture = EncoderConfig | LlamaConfig
@@ -121,7 +122,7 @@ def find_backbone(config: ConfigDict, texts: "Comparisons") -> Backbone:
                 "train it first, as in launch/train.py --config=configs/multitask_bert.py:minilm, "
                 "or name another run",
             )
-        architecture, _, _ = _read_model(workdir)
+        architecture, _, _ = read_model(workdir)
         if isinstance(architecture, LlamaConfig):
             raise InputError(
                 "--config.model.init_from",
@@ -186,7 +187,7 @@ def find_architecture(config: ConfigDict) -> Architecture:
 
     section = config.model
     if section.init_from is not None:
-        architecture, _, _ = _read_model(local_run(section.init_from, checkpoint=False))
+        architecture, _, _ = read_model(local_run(section.init_from, checkpoint=False))
     else:
         source = resolve_source(section.pretrained)
         architecture = read_architecture(source, section.family)
@@ -695,20 +696,31 @@ def one_tree(variables: Any) -> Any:
     return tree | {"lora": variables["lora"]} if "lora" in variables else tree
 
 
-def _read_model(workdir: Path) -> tuple[Architecture, dict[str, str], dict[str, Any]]:
-    remedy = "give the --workdir of a run that has started to train"
-    content = read_json(workdir / _MODEL_FILE, remedy)
+def read_model(workdir: Path) -> tuple[Architecture, dict[str, str], dict[str, Any]]:
+    """Architecture, base and the whole content of a workdir's model file.
+
+    Raises:
+      InputError: it is missing, or not of this project.
+    """
+    path = workdir / _MODEL_FILE
+    content = read_json(path, _NO_MODEL)
+    return parse_architecture(content, path), content["base"], content
+
+
+def parse_architecture(content: dict[str, Any], path: Path) -> Architecture:
+    """The ``architecture`` of a file's content that also names a ``base``.
+
+    Raises:
+      InputError: one of the two is missing or has other fields.
+    """
     try:
-        values = content["architecture"]
-        architecture: Architecture
+        values, _ = content["architecture"], content["base"]
         if values["family"] == "llama":
-            architecture = LlamaConfig(**values | {"rope": RopeConfig(**values["rope"])})
-        else:
-            architecture = EncoderConfig(**values)
-        return architecture, content["base"], content
+            return LlamaConfig(**values | {"rope": RopeConfig(**values["rope"])})
+        return EncoderConfig(**values)
     except (KeyError, TypeError) as error:
         raise InputError(
-            str(workdir / _MODEL_FILE), f"is not a model of this project ({error})", remedy
+            str(path), f"is not a model of this project ({error})", _NO_MODEL
         ) from error
 
 
@@ -769,16 +781,24 @@ def read_config(workdir: Path) -> ConfigDict:
     Raises:
       InputError: no workdir, or one that another version of the project wrote.
     """
+    return fill_config(Workdir(workdir).read_config(), workdir / "config.json")
+
+
+def fill_config(saved: dict[str, Any], path: Path) -> ConfigDict:
+    """A config from the values that the file ``path`` holds.
+
+    Raises:
+      InputError: it has a field that is unknown here.
+    """
     from pref_jax.config import default_config
 
-    saved = Workdir(workdir).read_config()
     config = default_config()
 
     def fill(section: ConfigDict, values: dict[str, Any], prefix: str) -> None:
         for name, value in values.items():
             if name not in section:
                 raise InputError(
-                    str(workdir / "config.json"),
+                    str(path),
                     f"it has the field {prefix}{name}, unknown here",
                     "use the version of the project that trained it",
                 )
@@ -813,7 +833,7 @@ def load_run(
     config = read_config(workdir)
     config.mesh.update(mesh or {"data": -1, "fsdp": 1, "tensor": 1})
     config.train.microbatch_size = microbatch_size or config.train.microbatch_size
-    architecture, origin, content = _read_model(workdir)
+    architecture, origin, content = read_model(workdir)
     if base is not None:
         if origin.get("kind") != "pretrained":
             raise InputError(

@@ -70,6 +70,7 @@ class Predictor:
         numbers: np.ndarray,
         *,
         report: Callable[[int], None] | None = None,
+        finite: bool = True,
     ) -> np.ndarray:
         """Float32 logits ``[n, outputs]`` of the samples numbered ``numbers``, in that order.
 
@@ -78,6 +79,10 @@ class Predictor:
           samples: where the rows come from.
           numbers: which of them.
           report: is told how many more rows are done.
+          finite: whether a row whose logits are not finite is an error.
+
+        Raises:
+          RunError: there is such a row.
         """
         compiled = self.compile()
         numbers = np.asarray(numbers)
@@ -106,11 +111,11 @@ class Predictor:
                 collect()
         while under_way:
             collect()
-        finite = np.isfinite(result).all(axis=1)
-        if not finite.all():
+        broken = ~np.isfinite(result).all(axis=1)
+        if finite and broken.any():
             raise RunError(
                 "the model",
-                f"{int((~finite).sum())} of {len(numbers)} rows have logits that are not finite",
+                f"{int(broken.sum())} of {len(numbers)} rows have logits that are not finite",
                 "train it again with a lower train.learning_rate, or train.precision=float32",
             )
         return result

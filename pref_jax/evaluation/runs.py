@@ -79,7 +79,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
     for place, folder in enumerate(real):
         if folder in real[:place]:
             raise InputError(str(folders[place]), "is named twice", "name each run once")
-    return [_read_run(folder, name) for folder, name in zip(folders, _name_runs(real), strict=True)]
+    return [_read_run(folder, name) for folder, name in zip(folders, name_runs(real), strict=True)]
 
 
 def _read_run(folder: Path, name: str) -> Run:
@@ -112,7 +112,7 @@ def _read_run(folder: Path, name: str) -> Run:
     )
 
 
-def _name_runs(folders: Sequence[Path]) -> list[str]:
+def name_runs(folders: Sequence[Path]) -> list[str]:
     """The fewest last parts of the paths that tell them apart."""
     for parts in range(1, max(len(folder.parts) for folder in folders) + 1):
         names = ["/".join(folder.parts[-parts:]) for folder in folders]

@@ -163,9 +163,9 @@ def _tensors(params: Mapping[str, Any], config: "EncoderConfig") -> dict[str, "n
             array.T if entry.transposed else array
         )
     for path, value in names.flatten(params["head"]).items():
-        key = ".".join(("head", *path)).replace("kernel", "weight")
+        key, transposed = names.head_key(path)
         array = np.asarray(value, np.float32)
-        tensors[key] = np.ascontiguousarray(array.T if path[-1] == "kernel" else array)
+        tensors[key] = np.ascontiguousarray(array.T if transposed else array)
     for name, array in tensors.items():
         if not np.isfinite(array).all():
             raise InputError(

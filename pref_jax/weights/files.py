@@ -124,16 +124,22 @@ def _read_offsets(path: Path) -> dict[str, int]:
 
 
 @contextmanager
-def open_tensors(folder: Path) -> Iterator[dict[str, Tensor]]:
+def open_tensors(folder: Path, files: list[Path] | None = None) -> Iterator[dict[str, Tensor]]:
     """All tensors of a folder, by key. Opening reads the headers only.
+
+    Args:
+      folder: the folder.
+      files: which of its files; those of the model when nothing is said.
 
     Raises:
       InputError: a file is damaged or cut, or the index and the files disagree.
     """
     from safetensors import SafetensorError, safe_open
 
-    files = weight_files(folder)
-    index = None if files == [folder / SINGLE] else _read_index(folder)
+    index = None
+    if files is None:
+        files = weight_files(folder)
+        index = None if files == [folder / SINGLE] else _read_index(folder)
     tensors: dict[str, Tensor] = {}
     with ExitStack() as stack:
         for path in files:

@@ -115,6 +115,12 @@ def entry_of(path: Path, family: str) -> Entry:
     raise KeyError(f"no parameter of {family} is called {'/'.join(path)}")
 
 
+def head_key(path: Path) -> tuple[str, bool]:
+    """An exported encoder's key for a parameter of its head, and whether it lies transposed."""
+    *module, leaf = path
+    return ".".join(("head", *module, _LINEAR_LEAVES[leaf])), leaf == "kernel"
+
+
 def path_table(paths: Iterable[Path], family: str) -> dict[str, Path]:
     """The other direction: today's key, without prefix, to the path, for the given paths."""
     return {entry_of(path, family).key: path for path in paths}

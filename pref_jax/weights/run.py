@@ -32,18 +32,23 @@ def export_run(
       InputError: the workdir holds no trained run, or the output folder holds something else.
       RunError: writing failed.
     """
+    from pref_jax.experiment import load_run
+
+    check_output(output)  # before the work of loading a run
+    return export_loaded(load_run(workdir, base=base), output, merge=merge)
+
+
+def export_loaded(run: "Run", output: Path, *, merge: bool = False) -> Path:
+    """`export_run` of a run that is loaded already."""
     import jax
     import numpy as np
 
-    from pref_jax.experiment import load_run
     from pref_jax.models.llama import LlamaConfig
 
-    check_output(output)  # before the work of loading a run
-    run = load_run(workdir, base=base)
     experiment = run.experiment
     if experiment.properties is not None:
         raise InputError(
-            str(workdir),
+            str(run.workdir),
             "is a multi-task run, which knows no preferences",
             "export a run that started from it (--config.model.init_from)",
         )

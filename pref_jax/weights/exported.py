@@ -1,0 +1,226 @@
+"""Reads exported folders back, for scoring where there is no workdir.
+
+Beside what `export` writes, such a folder holds `RUN_FILE`: the run's config and architecture, and
+which base its adapters belong to.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pref_jax.errors import InputError
+from pref_jax.files import read_json, write_json
+from pref_jax.weights import names
+from pref_jax.weights.export import ADAPTER_FILES, DESCRIPTION
+from pref_jax.weights.files import SINGLE, Tensor, open_tensors, weights_digest
+
+if TYPE_CHECKING:
+    import jax
+
+    from pref_jax.experiment import Experiment, Run
+
+RUN_FILE = "run.json"
+_REMEDY = "build the bundle again with launch/kaggle.py"
+# Paths of the machine that trained; nothing is read from there.
+_PLACES = {
+    "data": ("train", "valid", "annotations", "properties", "soft_labels"),
+    "model": ("pretrained", "init_from"),
+}
+# Of a device's memory, what the weights may take before they are cut over all devices.
+_WEIGHTS_SHARE = 0.6
+
+
+def write_run(folder: Path, run: "Run", *, form: str, quantization: str | None = None) -> None:
+    """Writes `RUN_FILE` into the export of ``run``.
+
+    Args:
+      folder: what `export_run` wrote.
+      run: what was exported.
+      form: "encoder", "adapter" or "merged" (a whole decoder).
+      quantization: of the base under adapters, where it shall not be that of the training.
+    """
+    config = run.experiment.config.to_dict()
+    for section, fields in _PLACES.items():
+        config[section] |= {name: None for name in fields if name in config[section]}
+    config["train"]["microbatch_size"] = None  # that of the device that scores
+    if form == "merged":
+        config["model"]["quantization"] = "none"
+        config["model"]["lora"]["rank"] = 0
+    elif quantization is not None:
+        config["model"]["quantization"] = quantization
+    base = run.experiment.backbone.base
+    write_json(
+        folder / RUN_FILE,
+        {
+            "form": form,
+            "step": run.step,
+            "config": config,
+            "architecture": dataclasses.asdict(run.experiment.backbone.architecture),
+            "base": {"digest": base["digest"]} if form == "adapter" else None,
+        },
+    )
+
+
+def load_exported(folder: Path, base: Path | None = None) -> "Run":
+    """A model as `load_run` gives it, from an exported folder, on all devices of this machine.
+
+    bfloat16 becomes float16 where the hardware has none. Weights that would fill a device are cut
+    over all of them.
+
+    Args:
+      folder: an export with `RUN_FILE` in it.
+      base: folder or ``.gguf`` file that adapters belong to.
+
+    Raises:
+      InputError: files are missing, damaged or of another model, or the base is another.
+    """
+    import jax
+
+    from pref_jax.experiment import Backbone, Experiment, Run, fill_config, parse_architecture
+    from pref_jax.training.precision import choose_precision
+
+    path = folder / RUN_FILE
+    content, about = read_json(path, _REMEDY), read_json(folder / DESCRIPTION, _REMEDY)
+    config = fill_config(content.get("config") or {}, path)
+    device = jax.devices()[0]
+    if config.train.precision == "bfloat16" and choose_precision("auto", device).loss_scaling:
+        config.train.precision = "float16"
+    backbone = Backbone(parse_architecture(content, path), folder, {"kind": "exported"})
+
+    def make(data: int, fsdp: int) -> "Experiment":
+        config.mesh.update({"data": data, "fsdp": fsdp, "tensor": 1})
+        return Experiment(config, backbone)
+
+    experiment = make(-1, 1)
+    memory = (device.memory_stats() or {}).get("bytes_limit")
+    if memory is not None and _count_bytes(experiment.abstract_params) > _WEIGHTS_SHARE * memory:
+        experiment = make(1, -1)
+    if content.get("form") == "adapter":
+        params = _load_adapter(folder, experiment, base, content["base"]["digest"])
+    elif content.get("form") == "merged":
+        params = _load_merged(folder, experiment)
+    else:
+        params = _load_encoder(folder, experiment)
+    return Run(folder, experiment, int(content["step"]), params, float(about["temperature"]))
+
+
+def _count_bytes(abstract: Any) -> int:
+    import jax
+
+    leaves = jax.tree.leaves(abstract)
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _load_encoder(folder: Path, experiment: "Experiment") -> dict[str, Any]:
+    abstract = experiment.abstract_params
+    family = experiment.backbone.architecture.family
+    keys = {}
+    for path in names.flatten(abstract["encoder"]):
+        entry = names.entry_of(path, family)
+        keys["encoder", *path] = (f"encoder.{entry.key}", entry.transposed)
+    for path in names.flatten(abstract["head"]):
+        keys["head", *path] = names.head_key(path)
+    with open_tensors(folder) as tensors:
+        return _read_all(folder / SINGLE, tensors, names.flatten(abstract), keys)
+
+
+def _load_merged(folder: Path, experiment: "Experiment") -> dict[str, Any]:
+    from pref_jax.weights.llama import load_decoder
+
+    abstract = experiment.abstract_params
+    decoder = load_decoder(folder, abstract["decoder"], "none")
+    with open_tensors(folder) as tensors:
+        score = {key: tensor for key, tensor in tensors.items() if key == "score.weight"}
+        head = _read_all(
+            folder / SINGLE, score, {("kernel",): abstract["head"]["kernel"]}, _SCORE_KEYS
+        )
+    return {"decoder": decoder, "head": head}
+
+
+_SCORE_KEYS: dict[names.Path, tuple[str, bool]] = {("kernel",): ("score.weight", True)}
+
+
+def _load_adapter(
+    folder: Path, experiment: "Experiment", base: Path | None, digest: str
+) -> dict[str, Any]:
+    import numpy as np
+
+    from pref_jax.weights.llama import first_layers, key_of, load_decoder
+
+    if base is None or not base.exists():
+        raise InputError(
+            str(base or folder),
+            "the base of these adapters is not there",
+            "attach it, or build the bundle without --kaggle_base",
+        )
+    found = weights_digest(base)
+    if found != digest:
+        raise InputError(
+            str(base),
+            f"its weights have the hash {found[:12]}, the adapters belong to {digest[:12]}",
+            "attach the base that the run was trained on",
+        )
+    abstract = experiment.abstract_params
+    wanted = {"head": abstract["head"], "lora": abstract["lora"]}
+    path = folder / ADAPTER_FILES[1]
+    with open_tensors(folder, [path]) as tensors:
+        firsts = first_layers(abstract["decoder"])
+        # The file holds a matrix per layer, the tree a stack of them: layers are joined first.
+        stacks: dict[str, Tensor] = {}
+        keys: dict[names.Path, tuple[str, bool]] = {}
+        for place, leaf in names.flatten(wanted).items():
+            if place == ("head", "kernel"):
+                keys[place] = ("base_model.model.score.weight", True)
+                continue
+            _, _, *below = place
+            part = {"a": "lora_A", "b": "lora_B"}[below[-1]]
+            layers = []
+            for layer in range(leaf.shape[0]):
+                key = key_of((*below[:-1], "kernel"), firsts[below[0]] + layer)
+                name = f"base_model.model.{key.removesuffix('.weight')}.{part}.weight"
+                layers.append(_take(path, tensors, name, leaf.shape[:0:-1]))
+            whole = np.stack([np.asarray(tensor.slices[:, :]).T for tensor in layers])
+            key = "/".join(place)
+            stacks[key] = Tensor(key, path, whole.shape, layers[0].dtype, whole)
+            keys[place] = (key, False)
+        params = _read_all(path, tensors | stacks, names.flatten(wanted), keys)
+    quantization = experiment.config.model.quantization
+    return {**params, "decoder": load_decoder(base, abstract["decoder"], quantization)}
+
+
+def _take(path: Path, tensors: dict[str, Tensor], key: str, shape: tuple[int, ...]) -> Tensor:
+    tensor = tensors.pop(key, None)
+    if tensor is None:
+        raise InputError(str(path), f"tensor {key} is missing", _REMEDY)
+    if tensor.shape != tuple(shape):
+        raise InputError(
+            str(path), f"tensor {key} has shape {list(tensor.shape)}, not {list(shape)}", _REMEDY
+        )
+    return tensor
+
+
+def _read_all(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    wanted: Mapping[names.Path, "jax.ShapeDtypeStruct"],
+    keys: Mapping[names.Path, tuple[str, bool]],
+) -> dict[str, Any]:
+    """The tree of ``wanted``; ``keys`` says where each leaf is and whether it lies transposed."""
+    import jax
+
+    from pref_jax.weights.huggingface import make_reader
+
+    left = dict(tensors)
+    loaded = {}
+    for place, leaf in wanted.items():
+        key, transposed = keys[place]
+        shape = tuple(leaf.shape)
+        tensor = _take(path, left, key, shape[::-1] if transposed else shape)
+        loaded[place] = jax.make_array_from_callback(
+            shape, leaf.sharding, make_reader(tensor, leaf.dtype, transposed)
+        )
+    if left:
+        raise InputError(str(path), f"tensor {next(iter(left))} is no part of the model", _REMEDY)
+    return names.unflatten(loaded)
