@@ -170,3 +170,22 @@ def test_a_teacher_of_other_rows_is_refused(data: Path, teacher: Path) -> None:
         *(f"--config.data.soft_labels={path}", f"--workdir={data}/refused"),
     )
     assert outcome.code == 2 and "strange.csv: none of its ids" in outcome.stderr, outcome
+
+
+@pytest.mark.parametrize("name", ["fold0", "student"])
+def test_every_head_is_read_back_from_its_export(
+    data: Path, folds: list[Path], student: Path, tmp_path: Path, name: str
+) -> None:
+    import jax
+
+    from pref_jax.experiment import load_run
+    from pref_jax.weights.exported import load_exported, write_run
+    from pref_jax.weights.run import export_loaded
+
+    run = load_run(data / name)
+    export_loaded(run, tmp_path / "exported", merge=False)
+    write_run(tmp_path / "exported", run, form="encoder")
+    again = load_exported(tmp_path / "exported")
+    assert jax.tree.structure(again.params) == jax.tree.structure(run.params)
+    assert jax.tree.all(jax.tree.map(np.array_equal, again.params, run.params))
+    assert again.experiment.model == run.experiment.model
