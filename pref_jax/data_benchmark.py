@@ -174,11 +174,12 @@ class _Pipeline:
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
         with _MemoryWatch() as watch:
-            started = time.perf_counter()
+            started, worked = time.perf_counter(), time.process_time()
             yield
-            seconds = time.perf_counter() - started
+            seconds, cpu = time.perf_counter() - started, time.process_time() - worked
         self._stages[name] = {
             "seconds": seconds,
+            "cpu_seconds": cpu,
             "anonymous_bytes_before": watch.before,
             "peak_anonymous_bytes": watch.peak,
         }

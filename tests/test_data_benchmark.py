@@ -32,6 +32,7 @@ def test_every_stage_runs_on_every_row(tmp_path: Path, monkeypatch: pytest.Monke
         sum(stage["seconds"] for stage in result["stages"].values())
     )
     assert 0 < result["first_batch_seconds"] < result["seconds"]
+    assert result["stages"]["tokenise"]["cpu_seconds"] > 0
     for stage in result["stages"].values():
         assert 1e7 < stage["anonymous_bytes_before"] <= stage["peak_anonymous_bytes"]
     assert result["cache_bytes"].keys() >= {"comparisons", "tokens", "features"}
