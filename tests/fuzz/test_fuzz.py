@@ -42,7 +42,6 @@ def damage(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
 def test_what_is_whole_is_read(name: str) -> None:
     for seed in targets.TARGETS[name].seeds():
         line = targets.run(name, seed)
-        # The second seed of annotations is a line without its end, which belongs to the first.
         assert line is None, line
 
 
