@@ -81,5 +81,5 @@ def test_a_defect_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     hungry = targets.Target(lambda folder, content: bytearray(10**8).count(b"x"), list)
     monkeypatch.setitem(targets.TARGETS, "csv", hungry)
     monkeypatch.setattr(targets, "MOST_SECONDS", 0.0)
-    with pytest.raises(AssertionError, match=" s$"):
+    with pytest.raises(AssertionError, match=r" s$"):
         targets.run("csv", b"")
