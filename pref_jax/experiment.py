@@ -750,6 +750,8 @@ def read_config(workdir: Path) -> ConfigDict:
             try:
                 if isinstance(inner, ConfigDict):
                     fill(inner, dict(value), f"{prefix}{name}.")
+                elif value is None and inner is not None:
+                    raise TypeError("null")
                 else:
                     section[name] = tuple(value) if isinstance(value, list) else value
             except (TypeError, ValueError) as error:

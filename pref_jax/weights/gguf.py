@@ -135,7 +135,9 @@ def read_gguf_config(path: Path) -> "LlamaConfig":
             raise InputError(str(path), f"its field llama.{name} is {value!r}", _FETCH)
         return value
 
-    width, heads = int(number("embedding_length")), int(number("attention.head_count"))
+    width, heads = (int(number(name)) for name in ("embedding_length", "attention.head_count"))
+    if not width or not heads:  # a part of one
+        raise InputError(str(path), f"it has {heads} heads in a width of {width}", _FETCH)
     positions = int(number("context_length"))
     head_dim = int(number("rope.dimension_count", width // heads))
     kind = str(_field(path, reader, "llama.rope.scaling.type", "none"))
