@@ -802,10 +802,20 @@ def fill_config(saved: dict[str, Any], path: Path) -> ConfigDict:
                     f"it has the field {prefix}{name}, unknown here",
                     "use the version of the project that trained it",
                 )
-            if isinstance(section[name], ConfigDict):
-                fill(section[name], value, f"{prefix}{name}.")
-            else:
-                section[name] = tuple(value) if isinstance(value, list) else value
+            inner = section[name]
+            try:
+                if isinstance(inner, ConfigDict):
+                    fill(inner, dict(value), f"{prefix}{name}.")
+                elif value is None and inner is not None:
+                    raise TypeError("null")
+                else:
+                    section[name] = tuple(value) if isinstance(value, list) else value
+            except (TypeError, ValueError) as error:
+                raise InputError(
+                    str(workdir / "config.json"),
+                    f"its field {prefix}{name} has a value of another type",
+                    "bring back the file that the training wrote",
+                ) from error
 
     fill(config, saved, "")
     return config

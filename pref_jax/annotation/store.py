@@ -348,4 +348,6 @@ def _is_torn(line: bytes) -> bool:
         json.loads(line)
     except ValueError:
         return True
+    except RecursionError:  # nothing of ours
+        return False
     return False

@@ -569,7 +569,7 @@ def _read_manifest(folder: Path) -> _Manifest:
         )
     except FileNotFoundError:
         raise _Damage(f"{_MANIFEST} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _Damage(f"{_MANIFEST} cannot be read ({_reason(error)})") from error
 
 

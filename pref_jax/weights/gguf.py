@@ -135,7 +135,9 @@ def read_gguf_config(path: Path) -> "LlamaConfig":
             raise InputError(str(path), f"its field llama.{name} is {value!r}", _FETCH)
         return value
 
-    width, heads = int(number("embedding_length")), int(number("attention.head_count"))
+    width, heads = (int(number(name)) for name in ("embedding_length", "attention.head_count"))
+    if not width or not heads:  # a part of one
+        raise InputError(str(path), f"it has {heads} heads in a width of {width}", _FETCH)
     positions = int(number("context_length"))
     head_dim = int(number("rope.dimension_count", width // heads))
     kind = str(_field(path, reader, "llama.rope.scaling.type", "none"))
@@ -213,6 +215,9 @@ def open_gguf(path: Path) -> Iterator[dict[str, Tensor]]:
         heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
         permuted = next((n for name, n in heads.items() if f".{name}." in key), None)
         shape = tuple(int(size) for size in reversed(tensor.shape))
+        if permuted is not None and (len(shape) != 2 or shape[0] % (2 * permuted)):
+            what = f"tensor {tensor.name} of shape {shape} does not hold {permuted} heads"
+            raise InputError(str(path), what, _FETCH)
         found[key] = Tensor(tensor.name, path, shape, "F32", _Slices(tensor, permuted))
     yield found
 
