@@ -57,7 +57,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 class Collator:
-    """Pads rows to the longest sequence among them: ``[batch, length]``, pairs ``[batch, 2, length]``."""
+    """Pads rows to the longest of them: ``[batch, length]``, pairs ``[batch, 2, length]``."""
 
     def __init__(self, pad_id: int, token_types: bool) -> None:
         self._pad_id, self._token_types = pad_id, token_types
