@@ -1,0 +1,113 @@
+"""A race compares the same work, says so, and refuses what could not be compared."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from rig import TINY, call, make_rows, write_csv
+
+from pref_jax.race import report
+from pref_jax.race.run import CONTESTANTS
+
+SMALL = (*TINY, "--config.train.batch_size=2", "--rows=4", "--peer_batch_size=2", "--rounds=2")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_csv(tmp_path / "rows.csv", make_rows(), labels=True)
+
+
+@pytest.mark.parametrize("layout", ["single"])
+def test_both_sides_do_the_same_work(
+    data: Path, tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("torch", "transformers", "accelerate"):
+        pytest.importorskip(name, reason="the other side is torch")
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    output = tmp_path / "race.json"
+    arguments = (
+        *SMALL,
+        f"--config.data.train={data}",
+        f"--config.input.layout={layout}",
+        "--config.input.budget=(0.2,0.4,0.4)",
+        f"--output={output}",
+    )
+    outcome = call("race", *arguments)
+    assert outcome.code == 0, outcome
+    result = json.loads(output.read_text())
+    comparison = result["comparison"]
+    # Random logits of this model are apart by more than that: rows in another order are seen.
+    assert comparison["largest_logit_difference"] < 1e-5
+    assert comparison["rounds"] == 2 and len(result["turns"]) == 6
+    assert {turn["contestant"] for turn in result["turns"]} == set(CONTESTANTS)
+    first = {turn["contestant"]: turn["losses"] for turn in result["turns"] if turn["round"] == 0}
+    assert {len(losses) for losses in first.values()} == {3}  # one to warm up, two of the epoch
+    # The same rows in the same updates; what is left is dropout.
+    assert first["ours"][0] == pytest.approx(first["trainer"][0], abs=0.05)
+    assert (tmp_path / "race.md").read_text().strip() in outcome.stdout
+    assert (tmp_path / "race.png").read_bytes().startswith(b"\x89PNG")
+
+    # Cut off behind its fourth turn, it goes on from there.
+    cut = result | {"turns": result["turns"][:5]}
+    output.write_text(json.dumps(cut))
+    outcome = call("race", *arguments)
+    assert outcome.code == 0, outcome
+    again = json.loads(output.read_text())["turns"]
+    assert again[:5] == cut["turns"] and len(again) == 6
+
+    before = output.read_bytes()
+    outcome = call("race", *arguments, "--config.train.learning_rate=1e-3")
+    assert outcome.code == 2 and "another file" in outcome.stderr
+    assert output.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("--config.model.symmetric=true", "--config.model.symmetric=false"),
+        ("--config.train.ema=0.9", "--config.train.ema=0.0"),
+        ("--config.train.head_learning_rate=0.5", "one rate"),
+        ("--peer_batch_size=3", "does not divide"),
+        ("--output=nowhere/race.json", "does not exist"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_line(data: Path, argument: str, said: str) -> None:
+    outcome = call("race", *TINY, f"--config.data.train={data}", argument)
+    assert outcome.code == 2 and outcome.stderr.count("\n") == 1, outcome
+    assert said in outcome.stderr
+
+
+def test_without_the_other_side_it_says_what_to_install(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "torch" else find(name)
+    )
+    outcome = call("race", *TINY, f"--config.data.train={data}")
+    assert outcome.code == 1 and outcome.stderr.count("\n") == 1, outcome
+    assert "pip install -e '.[race]'" in outcome.stderr
+
+
+def test_ratios_are_within_rounds_and_a_cold_start_is_in_none() -> None:
+    def turn(contestant: str, number: int, value: float, *, cold: bool = False) -> dict:
+        quantities = dict.fromkeys(report.QUANTITIES, value)
+        shared = {"logits": [[0.0, 0.0, value]], "cold": cold, "contestant": contestant}
+        return quantities | shared | {"round": number}
+
+    turns = [
+        *(turn("ours", 0, 6.0, cold=True), turn("trainer", 0, 2.0), turn("grouped", 0, 3.0)),
+        *(turn("ours", 1, 8.0), turn("trainer", 1, 4.0), turn("grouped", 1, 4.0)),
+    ]
+    comparison = report.compare(turns, [0, 1])
+    training = comparison["training_rows_per_second"]
+    assert training["ours"] == {"median": 7.0, "least": 6.0, "most": 8.0}
+    assert training["ratio"]["trainer"] == {"median": 2.5, "least": 2.0, "most": 3.0}
+    start = comparison["first_update_seconds"]
+    assert start["ours"]["median"] == 8.0 and start["ratio"]["trainer"]["median"] == 0.5
+    assert comparison["cold_first_update_seconds"]["median"] == 6.0
+    assert comparison["largest_logit_difference"] == 4.0
