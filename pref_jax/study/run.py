@@ -187,7 +187,9 @@ def held(folder: Path, scale: str) -> Iterator[None]:
         raise InputError(
             str(folder),
             f"is a study of scale {before}",
-            "give another folder" if ABLATION in (before, scale) else f"give --scale={before} or another folder",
+            "give another folder"
+            if ABLATION in (before, scale)
+            else f"give --scale={before} or another folder",
         )
     lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
