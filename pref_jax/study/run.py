@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from pref_jax.study.plan import (
 logger = logging.getLogger(__name__)
 
 _STUDY_FILE = "study.json"
+ABLATION = "ablation"  # what the note of an ablation's folder calls itself
 
 
 def find_sources(
@@ -112,24 +113,52 @@ def reproduce(
 
     parts = make_parts(scale, sources, seeds, changes)
     folder = make_output_folder(workdir, "--workdir")
-    with _held(folder, scale):
+
+    def make(part: Part) -> None:
+        _refuse_changed(part, sources)
+        _make(part, folder, sources)
+
+    with held(folder, scale):
         compilation.keep_compiled_programs()
-        for number, part in enumerate(parts.values(), start=1):
-            wanted = fingerprint(part, parts)
-            note = folder / "notes" / f"{part.name}.json"
-            found = _read_note(note)
-            finished = found.get("finished") and (folder / part.name).is_dir()
-            if finished and found.get("made_from") == wanted:
-                continue
-            logger.info("part %d of %d: %s", number, len(parts), part.name)
-            if found.get("made_from") != wanted:
-                shutil.rmtree(folder / part.name, ignore_errors=True)
-                note.parent.mkdir(parents=True, exist_ok=True)
-                write_json(note, {"made_from": wanted, "finished": False})
-            _refuse_changed(part, sources)
-            _make(part, folder, sources)
-            write_json(note, {"made_from": wanted, "finished": True})
+        for _ in make_missing(folder, parts, make):
+            pass
         return make_study_report(folder, make_models(scale), seeds)
+
+
+def make_missing(
+    folder: Path, parts: Mapping[str, Part], make: Callable[[Part], None]
+) -> Iterator[Part]:
+    """Makes the parts that are not finished, in order; yields each once it is.
+
+    Args:
+      folder: of the study.
+      parts: by name, each behind what it needs.
+      make: makes one part in its folder, or goes on with what is there.
+    """
+    for number, part in enumerate(parts.values(), start=1):
+        if is_finished(folder, part, parts):
+            continue
+        logger.info("part %d of %d: %s", number, len(parts), part.name)
+        wanted, note = fingerprint(part, parts), _note(folder, part)
+        if _read_note(note).get("made_from") != wanted:
+            shutil.rmtree(folder / part.name, ignore_errors=True)
+            note.parent.mkdir(parents=True, exist_ok=True)
+            write_json(note, {"made_from": wanted, "finished": False})
+        make(part)
+        write_json(note, {"made_from": wanted, "finished": True})
+        yield part
+
+
+def is_finished(folder: Path, part: Part, parts: Mapping[str, Part]) -> bool:
+    """Whether a part is there and was made from the present settings."""
+    found = _read_note(_note(folder, part))
+    if not found.get("finished") or not (folder / part.name).is_dir():
+        return False
+    return found.get("made_from") == fingerprint(part, parts)
+
+
+def _note(folder: Path, part: Part) -> Path:
+    return folder / "notes" / f"{part.name}.json"
 
 
 def _read_note(path: Path) -> dict[str, Any]:
@@ -140,8 +169,8 @@ def _read_note(path: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _held(folder: Path, scale: str) -> Iterator[None]:
-    """Takes the study's folder for this process.
+def held(folder: Path, scale: str) -> Iterator[None]:
+    """Takes the study's folder for this process; ``scale`` is one of `SCALES` or `ABLATION`.
 
     Raises:
       InputError: another process has it, or it holds something else.
@@ -152,13 +181,15 @@ def _held(folder: Path, scale: str) -> Iterator[None]:
             raise InputError(
                 str(folder), "holds something that is not a study", "give an empty folder"
             )
-    elif (before := read_json(mine, "give another folder").get("scale")) not in SCALES:
+    elif (before := read_json(mine, "give another folder").get("scale")) not in (*SCALES, ABLATION):
         raise InputError(str(mine), "is not the note of a study", "give another folder")
     elif before != scale:
         raise InputError(
             str(folder),
             f"is a study of scale {before}",
-            f"give --scale={before} or another folder",
+            "give another folder"
+            if ABLATION in (before, scale)
+            else f"give --scale={before} or another folder",
         )
     lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:

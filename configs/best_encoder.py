@@ -1,0 +1,28 @@
+"""The recipe under test: Parallel, the answers exchangeable, judged by [CLS], mean and lengths.
+
+    python launch/train.py --config=configs/best_encoder.py:minilm --config.data.train=train.csv
+
+Arguments: those of configs/parallel_bert.py, ``bert-base`` (the default), ``distilbert`` or
+``minilm``.
+
+Hardware: as for configs/parallel_bert.py; both read two sequences a row.
+Expect: not measured yet; ``launch/ablate.py`` compares it with configs/parallel_bert.py on the
+same folds (docs/ablation.md).
+
+Where the numbers come from: configs/parallel_bert.py. On top of it ``model.symmetric`` (which
+answer stands first says nothing of which is better), ``model.pooling=cls_mean`` and
+``model.length_features`` (a cut response does not show how long it was).
+"""
+
+from ml_collections import ConfigDict
+
+from pref_jax.config import encoder_config
+
+
+def get_config(arguments: str | None = None) -> ConfigDict:
+    """Takes the backbone: bert-base, distilbert or minilm."""
+    config = encoder_config(arguments, layout="parallel")
+    config.model.symmetric = True
+    config.model.pooling = "cls_mean"
+    config.model.length_features = True
+    return config
