@@ -812,7 +812,7 @@ def fill_config(saved: dict[str, Any], path: Path) -> ConfigDict:
                     section[name] = tuple(value) if isinstance(value, list) else value
             except (TypeError, ValueError) as error:
                 raise InputError(
-                    str(workdir / "config.json"),
+                    str(path),
                     f"its field {prefix}{name} has a value of another type",
                     "bring back the file that the training wrote",
                 ) from error

@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from pref_jax.benchmark import peak_memory
 from pref_jax.compilation import keep_compiled_programs
 from pref_jax.config import training_data
 from pref_jax.data.arena import read_comparisons
 from pref_jax.data.features import make_tokens
 from pref_jax.evaluation.predict import place_update
 from pref_jax.experiment import Experiment, find_backbone, read_config
+from pref_jax.memory import peak_bytes
 from pref_jax.race import turn
 from pref_jax.race.prepare import texts_to_tokenise
 from pref_jax.training.loop import read_ahead
@@ -58,7 +58,7 @@ def run(folder: Path, job: dict[str, Any], started: float) -> dict[str, Any]:
     jax.block_until_ready(state)
     training_seconds = time.perf_counter() - mark
     device = mesh.devices.flat[0]
-    memory = turn.resident_peak() if device.platform == "cpu" else peak_memory(device)
+    memory = turn.resident_peak() if device.platform == "cpu" else peak_bytes(device)
 
     del state, frozen, pending, values
     predictor = experiment.make_predictor()
