@@ -215,7 +215,7 @@ def open_gguf(path: Path) -> Iterator[dict[str, Tensor]]:
         heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
         permuted = next((n for name, n in heads.items() if f".{name}." in key), None)
         shape = tuple(int(size) for size in reversed(tensor.shape))
-        if permuted is not None and (len(shape) != 2 or shape[0] % (2 * permuted)):
+        if permuted and (len(shape) != 2 or not shape[0] or shape[0] % (2 * permuted)):
             what = f"tensor {tensor.name} of shape {shape} does not hold {permuted} heads"
             raise InputError(str(path), what, _FETCH)
         found[key] = Tensor(tensor.name, path, shape, "F32", _Slices(tensor, permuted))

@@ -78,13 +78,19 @@ def test_a_saved_file_predicts_the_same(tmp_path: Path) -> None:
     assert (loaded.predict("length", words) == fitted.predict("length", words)).all()
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"rows": 1, "prior": [1, 2]}'])
-def test_another_file_is_refused(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        *(("", "is not JSON"), ("[]", "is not a JSON object")),
+        *((text, "not a file of fitted baselines") for text in ("{}", '{"prior": [1, 2]}')),
+    ],
+)
+def test_another_file_is_refused(tmp_path: Path, content: str, expected: str) -> None:
     path = tmp_path / "baselines.json"
     path.write_text(content)
-    with pytest.raises(InputError, match="not a file of fitted baselines"):
+    with pytest.raises(InputError, match=expected):
         Baselines.load(path)
-    with pytest.raises(InputError, match="No such file"):
+    with pytest.raises(InputError, match="is missing"):
         Baselines.load(tmp_path / "none.json")
 
 
