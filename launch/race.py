@@ -20,7 +20,10 @@ flags.DEFINE_integer("rows", 256, "Rows of a turn, whole updates of them.", lowe
 flags.DEFINE_integer("rounds", 3, "Turns of each contestant.", lower_bound=1)
 flags.DEFINE_float("seconds", 3600.0, "No turn goes on beyond this time.", lower_bound=1.0)
 flags.DEFINE_integer(
-    "peer_batch_size", 16, "Rows of Trainer's forward pass; divides the update.", lower_bound=1
+    "peer_batch_size",
+    None,
+    "Rows of Trainer's forward pass, which divide the update; about 16 by default.",
+    lower_bound=1,
 )
 flags.DEFINE_string("output", None, "JSON file to write; table and figure come beside it.")
 

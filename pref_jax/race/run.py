@@ -90,7 +90,7 @@ def race(
     rows: int,
     rounds: int,
     seconds: float,
-    peer_batch_size: int,
+    peer_batch_size: int | None,
     output: Path | None,
 ) -> dict[str, Any]:
     """Runs the race and returns what ``launch/race.py`` writes as JSON.
@@ -102,7 +102,8 @@ def race(
       rows: the most rows of a turn; whole updates of them are taken.
       rounds: turns of each contestant.
       seconds: no turn goes on beyond this time, no round begins that would not end within it.
-      peer_batch_size: rows of a forward pass of the other side.
+      peer_batch_size: rows of a forward pass of the other side; None: 16, or what of it divides
+        an update.
       output: JSON file; None: nothing is kept.
 
     Raises:
@@ -110,6 +111,7 @@ def race(
       RunError: a turn failed, or no round was done in time.
     """
     begun = time.monotonic()
+    peer_batch_size = peer_batch_size or math.gcd(16, config.train.batch_size)
     check(config, peer_batch_size)
     settings = {
         "config": plain(config),
@@ -128,8 +130,11 @@ def race(
         write_json(runner.folder / "config.json", config.to_dict())
         write_json(runner.folder / turn.JOB, {"rows": rows})
         logger.info("preparing rows, token ids and initial weights")
-        job = runner.run("prepare", "prepare", -1)
-        environment = job.pop("environment")
+        try:
+            job = runner.run("prepare", "prepare", -1)
+        except subprocess.TimeoutExpired:
+            raise _too_slow(seconds) from None
+        environment = job.pop("environment") | {"command": list(sys.argv)}
         write_json(runner.folder / turn.JOB, job | {"peer_batch_size": peer_batch_size})
         # The first to import a framework would wait for the disk.
         runner.check_imports(config.model.lora.rank > 0)
@@ -183,11 +188,7 @@ def race(
         if sum(entry["round"] == number for entry in turns) == len(CONTESTANTS)
     ]
     if not complete:
-        raise RunError(
-            "--seconds",
-            f"{seconds:.0f} s were too few for one round",
-            "give more, or fewer --rows",
-        )
+        raise _too_slow(seconds)
     return result | {"comparison": compare(turns, complete)}
 
 
@@ -201,6 +202,12 @@ def finish(result: dict[str, Any], output: Path | None) -> str:
         write_durably(output.with_suffix(".md"), table.encode())
         write_durably(output.with_suffix(".png"), draw(result))
     return table
+
+
+def _too_slow(seconds: float) -> RunError:
+    return RunError(
+        "--seconds", f"{seconds:.0f} s were too few for one round", "give more, or fewer --rows"
+    )
 
 
 def _versions() -> dict[str, str]:

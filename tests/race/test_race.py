@@ -12,7 +12,7 @@ from rig import TINY, call, make_rows, write_csv
 from pref_jax.race import report
 from pref_jax.race.run import CONTESTANTS
 
-SMALL = (*TINY, "--config.train.batch_size=2", "--rows=4", "--peer_batch_size=2", "--rounds=2")
+SMALL = (*TINY, "--config.train.batch_size=2", "--rows=4", "--peer_batch_size=2", "--rounds=1")
 
 
 @pytest.fixture
@@ -20,9 +20,8 @@ def data(tmp_path: Path) -> Path:
     return write_csv(tmp_path / "rows.csv", make_rows(), labels=True)
 
 
-@pytest.mark.parametrize("layout", ["single"])
 def test_both_sides_do_the_same_work(
-    data: Path, tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("torch", "transformers", "accelerate"):
         pytest.importorskip(name, reason="the other side is torch")
@@ -32,8 +31,6 @@ def test_both_sides_do_the_same_work(
     arguments = (
         *SMALL,
         f"--config.data.train={data}",
-        f"--config.input.layout={layout}",
-        "--config.input.budget=(0.2,0.4,0.4)",
         f"--output={output}",
     )
     outcome = call("race", *arguments)
@@ -42,7 +39,7 @@ def test_both_sides_do_the_same_work(
     comparison = result["comparison"]
     # Random logits of this model are apart by more than that: rows in another order are seen.
     assert comparison["largest_logit_difference"] < 1e-5
-    assert comparison["rounds"] == 2 and len(result["turns"]) == 6
+    assert comparison["rounds"] == 1 and len(result["turns"]) == 3
     assert {turn["contestant"] for turn in result["turns"]} == set(CONTESTANTS)
     first = {turn["contestant"]: turn["losses"] for turn in result["turns"] if turn["round"] == 0}
     assert {len(losses) for losses in first.values()} == {3}  # one to warm up, two of the epoch
@@ -51,13 +48,13 @@ def test_both_sides_do_the_same_work(
     assert (tmp_path / "race.md").read_text().strip() in outcome.stdout
     assert (tmp_path / "race.png").read_bytes().startswith(b"\x89PNG")
 
-    # Cut off behind its fourth turn, it goes on from there.
-    cut = result | {"turns": result["turns"][:5]}
+    # Cut off behind its second turn, it goes on from there.
+    cut = result | {"turns": result["turns"][:2]}
     output.write_text(json.dumps(cut))
     outcome = call("race", *arguments)
     assert outcome.code == 0, outcome
     again = json.loads(output.read_text())["turns"]
-    assert again[:5] == cut["turns"] and len(again) == 6
+    assert again[:2] == cut["turns"] and len(again) == 3
 
     before = output.read_bytes()
     outcome = call("race", *arguments, "--config.train.learning_rate=1e-3")
