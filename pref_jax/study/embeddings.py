@@ -12,7 +12,7 @@ from pref_jax.data.arena import Comparisons
 from pref_jax.evaluation.baselines import count_words, measure_features
 from pref_jax.evaluation.metrics import measure_row_losses
 from pref_jax.experiment import Experiment, find_backbone
-from pref_jax.models.bert import Encoder
+from pref_jax.models.bert import Encoder, EncoderConfig
 from pref_jax.models.classifiers import mean_tokens
 
 _TEXTS = ("prompt", "response_a", "response_b")
@@ -28,6 +28,7 @@ def embed(config: ConfigDict, comparisons: Comparisons) -> np.ndarray:
     """
     experiment = Experiment(config, find_backbone(config, comparisons))
     architecture, tokenizer = experiment.backbone.architecture, experiment.tokenizer
+    assert isinstance(architecture, EncoderConfig)
     base = experiment.load_base()
     params = experiment.initial_params()["encoder"] if base is None else base
     encoder = Encoder(architecture, longest=config.input.max_length, every_token=True)
@@ -35,7 +36,9 @@ def embed(config: ConfigDict, comparisons: Comparisons) -> np.ndarray:
     @jax.jit
     def forward(params: Any, ids: jax.Array, segments: jax.Array) -> jax.Array:
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-        states = encoder.apply({"params": params}, ids, jnp.zeros_like(ids), positions, segments)
+        states: Any = encoder.apply(
+            {"params": params}, ids, jnp.zeros_like(ids), positions, segments
+        )
         means = mean_tokens(states, segments, 1)[:, 0]
         return means / jnp.maximum(jnp.linalg.norm(means, axis=-1, keepdims=True), 1e-9)
 
