@@ -1,4 +1,4 @@
-"""``launch/ablate.py``: trains the variants of a recipe, those not there yet, then their table."""
+"""``launch/ablate.py``: trains the variants of a recipe that are missing, then their table."""
 
 import dataclasses
 import logging

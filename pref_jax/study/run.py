@@ -184,12 +184,9 @@ def held(folder: Path, scale: str) -> Iterator[None]:
     elif (before := read_json(mine, "give another folder").get("scale")) not in (*SCALES, ABLATION):
         raise InputError(str(mine), "is not the note of a study", "give another folder")
     elif before != scale:
+        other = "" if ABLATION in (before, scale) else f"--scale={before} or "
         raise InputError(
-            str(folder),
-            f"is a study of scale {before}",
-            "give another folder"
-            if ABLATION in (before, scale)
-            else f"give --scale={before} or another folder",
+            str(folder), f"is a study of scale {before}", f"give {other}another folder"
         )
     lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:

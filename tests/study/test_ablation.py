@@ -1,0 +1,268 @@
+"""Variants on the same folds: what the table says, what is run again, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from rig import REPOSITORY, call, make_rows, read_csv, write_csv
+from sklearn.metrics import log_loss
+
+from pref_jax import config_file
+from pref_jax.data.arena import read_comparisons
+from pref_jax.errors import InputError
+from pref_jax.study import ablation
+from pref_jax.study.folds import write_folds
+from pref_jax.study.plan import Part
+from pref_jax.study.variants import STAGES, make_parts, read_variants
+
+LIST = """
+[[variant]]
+name = "base"
+kind = "base"
+[[variant]]
+name = "lengths"
+kind = "option"
+config = { "model.symmetric" = true, "model.length_features" = true }
+[[variant]]
+name = "taught"
+kind = "set"
+teacher = true
+rows = "all"
+config = { "train.distill_weight" = 1.0 }
+[[variant]]
+name = "calibrate"
+kind = "option"
+read = "calibrate"
+[[variant]]
+name = "both_orders"
+kind = "option"
+read = "swap_average"
+[[variant]]
+name = "embeddings"
+kind = "reference"
+read = "embeddings"
+"""
+
+
+def typed(folder: Path, *flags: str) -> list[str]:
+    """The command on a tiny model; the folder has rows.csv and variants.toml."""
+    return [
+        f"--config={REPOSITORY}/configs/ablation.py",
+        "--config.model.pretrained=none",
+        *(f"--config.model.config.{size}" for size in ("num_layers=1", "hidden_size=16")),
+        *(f"--config.model.config.{size}" for size in ("num_heads=2", "intermediate_size=16")),
+        *("--config.input.tokenizer=tokenizers", "--config.train.microbatch_size=4"),
+        *("--config.train.learning_rate=3e-2", "--config.train.warmup_steps=0"),
+        *("--config.train.batch_size=8", "--max_length=32", "--epochs=3"),
+        *(f"--data={folder}/rows.csv", f"--list={folder}/variants.toml"),
+        *(f"--workdir={folder}/ablation", f"--adversarial={folder}/adversarial.csv"),
+        *flags,
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 rows, 8 of them without ties: the longer answer wins; prompts come in pairs."""
+    place = tmp_path_factory.mktemp("ablation")
+    rows = []
+    for number in range(48):
+        longer, tie = number % 2, number % 6 == 5
+        could_tie = number < 40
+        winner = 2 if tie and could_tie else longer
+        long, short = "word " * 20, "word"
+        rows.append(
+            {
+                "id": f"r{number}",
+                # The last four repeat prompts of rows that could be a tie.
+                "prompt": json.dumps([f"Question {number // 2 % 22}?"]),
+                "response_a": json.dumps([short if longer else long]),
+                "response_b": json.dumps([long if longer else short]),
+                **{
+                    name: int(winner == at)
+                    for at, name in enumerate(("winner_model_a", "winner_model_b", "winner_tie"))
+                },
+                "tie_allowed": int(could_tie),
+                "source": "people" if could_tie else "others",
+            }
+        )
+    write_csv(place / "rows.csv", rows, labels=True, more=("tie_allowed", "source"))
+    decided = [row for row in rows if not row["winner_tie"]][:10]
+    write_csv(place / "adversarial.csv", decided, labels=True)
+    (place / "variants.toml").write_text(LIST)
+    return place
+
+
+@pytest.fixture(scope="module")
+def table(folder: Path) -> dict:
+    outcome = call("ablate", *typed(folder))
+    assert outcome.code == 0, outcome
+    assert "| lengths |" in outcome.stdout
+    return json.loads((folder / "ablation/screen.json").read_text())
+
+
+def read_answers(folder: Path, name: str) -> list[dict[str, str]]:
+    places = [folder / f"ablation/screen/{name}/seed0_fold{fold}" for fold in range(2)]
+    return [row for place in places for row in read_csv(place / "valid_predictions.csv")]
+
+
+NAMES = ("base", "lengths", "taught", "calibrate", "both_orders", "embeddings")
+
+
+def test_the_table_is_that_of_the_answers(folder: Path, table: dict) -> None:
+    lines = {line["name"]: line for line in table["variants"]}
+    assert tuple(lines) == NAMES and table["rows"] == 40
+    losses = {}
+    for name, line in lines.items():
+        rows = read_answers(folder, name)
+        assert {row["id"] for row in rows} == {f"r{number}" for number in range(40)}
+        values = [
+            [float(row[f"winner_{of}"]) for of in ("model_a", "model_b", "tie")] for row in rows
+        ]
+        labels = [int(row["label"]) for row in rows]
+        losses[name] = log_loss(labels, np.array(values), labels=[0, 1, 2])
+        assert line["log_loss"] == pytest.approx(losses[name], abs=1e-6)
+        assert line["log_loss_ci95"][0] < line["log_loss"] < line["log_loss_ci95"][1]
+    assert len({round(loss, 6) for loss in losses.values()}) == len(NAMES)
+    for name in NAMES[1:]:
+        gap = losses[name] - losses["base"]
+        assert lines[name]["difference"] == pytest.approx(gap, abs=1e-6)
+        low, high = lines[name]["difference_ci95"]
+        assert low <= gap <= high
+    # Lengths decide who wins, and the model that is told them finds out.
+    assert lines["lengths"]["difference_ci95"][1] < 0
+    assert lines["both_orders"]["passes"] == 2 and lines["base"]["passes"] == 1
+    assert lines["taught"]["seconds"] > lines["base"]["seconds"] > 0
+
+
+def test_the_best_answer_the_adversarial_rows(table: dict) -> None:
+    lines = {line["name"]: line for line in table["adversarial"]}
+    assert set(lines) == {"base", "lengths", "taught", "length only"}
+    assert all(line["rows"] == 10 for line in lines.values())
+    # The longer answer wins here too.
+    assert lines["length only"]["accuracy"] > 0.9 and lines["lengths"]["accuracy"] > 0.9
+    assert lines["length only"]["log_loss"] < np.log(2)
+
+
+def test_a_teacher_has_not_seen_what_it_teaches(folder: Path, table: dict) -> None:
+    for fold in range(2):
+        screen = folder / "ablation/screen"
+        said = read_csv(screen / f"taught/seed0_fold{fold}.teacher.csv")
+        train = read_csv(screen / f"folds/train{fold}.csv")
+        assert {row["id"] for row in said} == {row["id"] for row in train}
+        parts = [
+            read_csv(screen / f"teacher{half}/seed0_fold{fold}/out_of_fold.csv")
+            for half in range(2)
+        ]
+        assert len(said) == sum(map(len, parts)) and all(parts)
+
+
+def test_what_is_finished_is_not_run_again(
+    folder: Path, table: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    make = ablation._make
+
+    def note(part: Part, *rest: object) -> None:
+        made.append(part.name)
+        make(part, *rest)
+
+    monkeypatch.setattr(ablation, "_make", note)
+    assert call("ablate", *typed(folder)).code == 0 and made == []
+    # Fewer variants named: the table still holds all that are finished.
+    assert call("ablate", *typed(folder, "--variants=lengths")).code == 0 and made == []
+    assert json.loads((folder / "ablation/screen.json").read_text()) == table
+    note_file = folder / "ablation/notes/screen/lengths/seed0_fold1.json"
+    content = json.loads(note_file.read_text())
+    note_file.write_text(json.dumps({**content, "finished": False}))  # as if killed
+    assert call("ablate", *typed(folder, "--max_hours=0.0000001")).code == 0
+    assert made == ["screen/lengths/seed0_fold1"]
+
+
+def test_no_prompt_is_on_both_sides(folder: Path, tmp_path: Path) -> None:
+    rows = read_csv(folder / "rows.csv")
+    # Two prompts that only the column says are the same.
+    for number, row in enumerate(rows):
+        row["prompt_group"] = "same" if number in (0, 20, 46) else ""
+    more = ("tie_allowed", "source", "prompt_group")
+    path = write_csv(tmp_path / "rows.csv", rows, labels=True, more=more)
+    write_folds(read_comparisons(path, labelled=True), 2, tmp_path / "folds")
+    held_out: list[str] = []
+    for fold in range(2):
+        parts = {
+            name: read_csv(tmp_path / f"folds/{name}{fold}.csv")
+            for name in ("train", "all", "valid")
+        }
+        valid = parts["valid"]
+        assert {row["tie_allowed"] for row in valid} == {"1"}
+        assert {row["tie_allowed"] for row in parts["all"]} == {"0", "1"}
+        assert [row for row in parts["all"] if row["tie_allowed"] == "1"] == parts["train"]
+        for name in ("train", "all"):
+            assert not {row["prompt"] for row in valid} & {row["prompt"] for row in parts[name]}
+        together = [{"r0", "r20", "r46"} & {row["id"] for row in parts[side]} for side in parts]
+        assert together[2] in (set(), {"r0", "r20"})
+        assert not (together[2] and (together[0] or together[1]))
+        held_out += [row["id"] for row in valid]
+    assert sorted(held_out) == sorted(row["id"] for row in rows[:40])
+
+
+@pytest.fixture
+def recipe() -> ConfigDict:
+    return config_file.load(f"{REPOSITORY}/configs/ablation.py")
+
+
+def test_every_variant_goes_with_the_recipe(recipe: ConfigDict) -> None:
+    variants = read_variants()
+    for stage in STAGES.values():
+        parts = make_parts(recipe, list(variants.values()), stage, "digest")
+        names = list(parts)
+        for number, part in enumerate(parts.values()):
+            assert set(part.needs) <= set(names[:number])
+        for variant in variants:
+            assert f"{stage.name}/{variant}/seed0_fold{stage.folds - 1}" in parts
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--variants=symetric",), "--variants: there is no variant 'symetric'"),
+        (("--stage=confirm", "--workdir={folder}/new"), "run --stage=screen first"),
+        (("--list={folder}/rows.csv",), "is not TOML"),
+        (("--data={folder}/never.csv",), "no row could be a tie"),
+        (("--adversarial={folder}/rows.csv",), "a row is a tie"),
+        (("--workdir={folder}",), "is not a study"),
+    ],
+)
+def test_wrong_use_is_one_line(folder: Path, flags: tuple[str, ...], words: str) -> None:
+    rows = [
+        {**row, "winner_tie": 0, "winner_model_a": 1, "winner_model_b": 0, "tie_allowed": 0}
+        for row in make_rows().copy()
+    ]
+    write_csv(folder / "never.csv", rows, labels=True, more=("tie_allowed",))
+    outcome = call("ablate", *typed(folder, *(flag.format(folder=folder) for flag in flags)))
+    assert outcome.code == 2 and words in outcome.stderr, outcome
+    assert outcome.stderr.count("error:") == 1
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ('config = { "data.swapp" = "both" }', "variant x, data.swapp: unknown field"),
+        ('config = { "train.epochs" = 2 }', "give --epochs"),
+        ('rows = "some"', "rows is 'some'"),
+        ("colour = 3", "has not the right fields"),
+        ('[[variant]]\nname = "x"\nkind = "option"', "no new folder"),
+    ],
+)
+def test_a_wrong_variant_is_named(
+    tmp_path: Path, recipe: ConfigDict, entry: str, words: str
+) -> None:
+    path = tmp_path / "list.toml"
+    start = '[[variant]]\nname = "base"\nkind = "base"\n[[variant]]\nname = "x"\nkind = "option"\n'
+    path.write_text(start + entry)
+    with pytest.raises(InputError, match=words):
+        variants = read_variants(str(path))
+        make_parts(recipe, list(variants.values()), STAGES["screen"], "digest")
