@@ -24,7 +24,7 @@ import numpy as np
 
 from pref_jax import hosts
 from pref_jax.errors import InputError, RunError
-from pref_jax.files import plain, sync, write_durably
+from pref_jax.files import make_folder, plain, sync, write_durably
 from pref_jax.mesh import place
 
 logger = logging.getLogger(__name__)
@@ -420,7 +420,7 @@ class Checkpoints:
         """Removes what a killed run left half written or half deleted."""
         if jax.process_index() == 0:
             try:
-                self.directory.mkdir(parents=True, exist_ok=True)
+                make_folder(self.directory)
                 self._remove_unfinished()
             except OSError as error:
                 raise InputError(

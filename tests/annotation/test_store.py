@@ -125,7 +125,7 @@ def test_paid_ratings_are_not_replaced_by_predictions(path: Path) -> None:
 
 
 def test_a_second_process_is_refused(path: Path) -> None:
-    with Store(path, WANTED), pytest.raises(InputError, match="another process is writing it"):
+    with Store(path, WANTED), pytest.raises(InputError, match=f"in use by process {os.getpid()} "):
         Store(path, WANTED)
     save(path, "1a")
     assert places(path) == ["1a"]
@@ -184,8 +184,9 @@ def test_a_full_disk_loses_nothing(path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_leftovers_of_a_kill_are_removed_and_no_other_file(path: Path) -> None:
-    for name in (".A.jsonl.abcd1234", ".A.jsonl.failures.abcd_234", ".B.jsonl.abcd1234"):
+    ours = (".A.jsonl.unfinished", ".A.jsonl.failures.unfinished", ".A.jsonl.replaced.unfinished")
+    for name in (*ours, ".B.jsonl.unfinished"):
         (path.parent / name).write_text("half")
     save(path, "1a")
     left = sorted(p.name for p in path.parent.iterdir())
-    assert left == [".B.jsonl.abcd1234", "A.jsonl", "A.jsonl.failures"]
+    assert left == [".B.jsonl.unfinished", "A.jsonl", "A.jsonl.failures"]
