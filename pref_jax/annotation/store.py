@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from pref_jax import locks
-from pref_jax.annotation.ratings import check_entry, parse_line
+from pref_jax.annotation.ratings import check_entry, parse_line, seal
 from pref_jax.errors import InputError, RunError
 from pref_jax.files import sync, write_durably, write_error
 
@@ -182,7 +182,7 @@ class Store:
             _mend_end(content, file)
         for line, entry in _read_entries(self._replaced):
             with contextlib.suppress(InputError):
-                check_entry("", entry, rated=True)
+                check_entry("", parse_line("", line), rated=True)
                 self._by_key.setdefault(str(entry.get("key")), line)
 
     def _take(self, failure: bool, entry: Mapping[str, Any], line: bytes) -> None:
@@ -290,7 +290,7 @@ class Store:
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:
-    return json.dumps(entry).encode() + b"\n"
+    return json.dumps(seal(entry)).encode() + b"\n"
 
 
 def refuse_busy(path: str | Path) -> None:

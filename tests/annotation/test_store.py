@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pref_jax.annotation.ratings import read_lines
 from pref_jax.annotation.store import Store, refuse_paid_ratings
 from pref_jax.errors import InputError, RunError
 
@@ -112,6 +113,26 @@ def test_a_line_that_was_spoilt_is_named(path: Path, changes: dict[str, Any]) ->
     path.with_name("A.jsonl.replaced").write_text(spoilt + "\n")  # is left out
     with Store(path, WANTED) as store:
         assert store.find(["1a"]) is None
+
+
+def test_a_flipped_bit_is_found_and_an_own_line_needs_no_sum(path: Path) -> None:
+    asyncio.run(_save_rated(path))
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b'"polite": 2', b'"polite": 3'))
+    with pytest.raises(InputError, match=r"A\.jsonl:1: was changed since it was written"):
+        Store(path, WANTED)
+    with pytest.raises(InputError, match=r"A\.jsonl:1: was changed"):
+        list(read_lines(path))
+    line = json.loads(path.read_bytes())
+    del line["check"]  # who means the change says so
+    path.write_text(json.dumps(line) + "\n")
+    with Store(path, WANTED) as store:
+        assert store.rated(("1", "a")) == line
+
+
+async def _save_rated(path: Path) -> None:
+    with Store(path, WANTED) as store:
+        await store.save([entry("1a", ratings={"polite": 2})])
 
 
 def test_paid_ratings_are_not_replaced_by_predictions(path: Path) -> None:
