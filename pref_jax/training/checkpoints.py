@@ -229,6 +229,8 @@ class Checkpoints:
             # The hashes are right and Orbax cannot read it: its own unhashed file is broken.
             self._skip(newest, damage)
             return self.restore_latest(abstract_state)
+        if not self._read_only and jax.process_index() == 0:
+            self._remove_surplus()
         return newest, state, info
 
     def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
@@ -441,6 +443,14 @@ class Checkpoints:
                     shutil.rmtree(folder, ignore_errors=True)
                 else:
                     self._set_aside(step, str(damage))
+
+    def _remove_surplus(self) -> None:
+        """What a run that was killed before it removed it would leave for good after its end."""
+        steps = self.steps()
+        for step in steps[: -self._keep]:
+            if step != _find_best(self._infos, self._metric):
+                shutil.rmtree(self.directory / str(step), ignore_errors=True)
+                self._infos.pop(step, None)
 
     def _remove_unfinished(self) -> None:
         for entry in self.directory.iterdir():

@@ -133,24 +133,31 @@ def list_points(trial: Trial, folder: Path) -> list[str]:
 
 
 def chain(
-    trial: Trial, folder: Path, action: str = "kill", only: Iterable[str] | None = None
+    trial: Trial,
+    folder: Path,
+    action: str = "kill",
+    only: Iterable[str] | None = None,
+    done: Iterable[str] = (),
 ) -> list[str]:
     """Starts the command again and again, each process struck at the next new point.
 
     Args:
       action: see `Fault`.
       only: the points to strike; all where not given.
+      done: points not to strike.
 
     Returns:
-      The points at which one was struck.
+      The points at which one was struck, before one process came to its end.
     """
     folder.mkdir()
     note = folder.with_name(f"{folder.name}.note")
+    already = list(done)
     struck: list[str] = []
     wanted = None if only is None else frozenset(only)
     while True:
         before = trial.kept(folder)
-        fault = Fault((str(folder),), str(note), action, frozenset(struck), wanted, trial.ignored)
+        passing = frozenset((*already, *struck))
+        fault = Fault((str(folder),), str(note), action, passing, wanted, trial.ignored)
         process = Process(trial, folder, fault)
         code = process.end()
         if code == 0:
@@ -159,21 +166,21 @@ def chain(
         passed = note.read_text().splitlines()
         if action in ("kill", "cut"):
             assert code == -signal.SIGKILL, process.said()
-            assert passed[-1] not in struck, passed[-1]
+            assert passed[-1] not in passing, passed[-1]
             struck.append(passed[-1])
         else:
             process.check_one_line(1, 2)
-            struck.append(_first_new(passed, struck, wanted))
+            struck.append(_first_new(passed, passing, wanted))
         if action == "cut":
             lose_unsynced(note)
         assert trial.kept(folder) >= max(before, _count_promised(passed)), (struck[-1], passed)
 
 
-def _first_new(passed: list[str], struck: list[str], wanted: frozenset[str] | None) -> str:
+def _first_new(passed: list[str], passing: frozenset[str], wanted: frozenset[str] | None) -> str:
     for point in passed:
         if (
             point.startswith("before")
-            and point not in struck
+            and point not in passing
             and (wanted is None or point in wanted)
         ):
             return point
