@@ -130,9 +130,13 @@ def entry(kind: str, key: str, make: Callable[[Path], None]) -> Path:
     """
     parent = folder(kind)
     final, sum_file = parent / key, parent / f".{key}.sha256"
+    lock = parent / f".{key}.lock"
     if _is_whole(final, sum_file):
+        if lock.exists():  # its maker was killed behind its last write
+            with locked(lock, wait=False):
+                pass
         return final
-    with locked(parent / f".{key}.lock") as alone:
+    with locked(lock) as alone:
         if _is_whole(final, sum_file):
             return final
         if final.exists():

@@ -298,7 +298,7 @@ def make_annotate(arena: Path, url: str) -> Trial:
     )
 
 
-_SPENT = ("attempts", "tokens", "cost")  # of a failure, over all calls
+_SPENT = ("attempts", "tokens", "cost", "check")  # of a failure, over all calls
 
 
 def make_study() -> Trial:
