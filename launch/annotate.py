@@ -54,6 +54,10 @@ def main(options):
         return
     import dataclasses
 
+    if not options.dry_run:
+        from pref_jax.annotation.store import refuse_busy
+
+        refuse_busy(options.output)
     from pref_jax.annotation.run import Settings, annotate, estimate
 
     names = [field.name for field in dataclasses.fields(Settings)]

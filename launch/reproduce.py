@@ -40,9 +40,13 @@ def main(options: Any) -> None:
         find_sources,
         parse_rows,
         print_summary,
+        refuse_busy,
         reproduce,
     )
 
+    workdir = options.workdir or f"runs/study_{options.scale}"
+    if not options.plan:
+        refuse_busy(workdir)
     sources = find_sources(
         options.scale,
         options.data,
@@ -56,7 +60,6 @@ def main(options: Any) -> None:
         print(describe_plan(parts, sources))
         if options.plan:
             return
-    workdir = options.workdir or f"runs/study_{options.scale}"
     page = reproduce(options.scale, workdir, sources, seeds=options.seeds, changes=options.set)
     print_summary(page.parent)
     print(f"\nreport: {page}")

@@ -7,6 +7,7 @@ time.
 
 import errno
 import fcntl
+import hashlib
 import logging
 import os
 import shutil
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pref_jax.errors import InputError, RunError
-from pref_jax.files import sync, sync_tree
+from pref_jax.files import sync, sync_tree, write_durably
 
 Loaded = TypeVar("Loaded")
 
@@ -123,23 +124,32 @@ def entry(kind: str, key: str, make: Callable[[Path], None], *, wait: bool = Tru
     Returns:
       A path at which the whole entry lies, or nothing at all: it is made under another name,
       flushed and renamed. A second process waits for the first. What a killed process left
-      behind is deleted by the next one that makes an entry of this kind.
+      behind is deleted by the next one that makes an entry of this kind. An entry that has not
+      the SHA-256 any more that it was made with is made again.
 
     Raises:
       RunError: the disk is full. Whatever else ``make`` raises goes through.
     """
     parent = folder(kind)
-    final = parent / key
-    if final.exists():
+    final, sum_file = parent / key, parent / f".{key}.sha256"
+    lock = parent / f".{key}.lock"
+    if _is_whole(final, sum_file):
+        if lock.exists():  # its maker was killed behind its last write
+            with locked(lock, wait=False):
+                pass
         return final
-    with locked(parent / f".{key}.lock", wait=wait) as alone:
-        if final.exists() or not (alone or wait):
+    with locked(lock, wait=wait) as alone:
+        if _is_whole(final, sum_file) or not (alone or wait):
             return final
+        if final.exists():
+            logger.warning("%s was damaged and is made again", final)
+            remove(final)
         _remove_leftovers(parent, key if alone else None)
         temporary = parent / f".{key}.{uuid.uuid4().hex}.tmp"
         try:
             make(temporary)
             sync_tree(temporary)
+            write_durably(sum_file, _digest(temporary).encode())
             try:
                 os.rename(temporary, final)
             except OSError:
@@ -160,9 +170,9 @@ def entry(kind: str, key: str, make: Callable[[Path], None], *, wait: bool = Tru
 def load(
     kind: str, key: str, make: Callable[[Path], None], read: Callable[[Path], Loaded]
 ) -> Loaded:
-    """What ``read`` makes of an `entry`; one that was damaged since is made again.
+    """What ``read`` makes of an `entry`; one that it cannot read is made again.
 
-    ``read`` tells of damage by the errors of pyarrow, json and the file system.
+    ``read`` tells of that by the errors of pyarrow, json and the file system.
     """
     import pyarrow as pa
 
@@ -181,6 +191,35 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+# Entries that this process has looked through, by what changes when they are written.
+_looked_through: set[tuple[str, int, int]] = set()
+
+
+def _is_whole(path: Path, sum_file: Path) -> bool:
+    try:
+        status = path.stat()
+        seen = (str(path), status.st_ino, status.st_mtime_ns)
+        if seen not in _looked_through:
+            if sum_file.read_bytes() != _digest(path).encode():
+                return False
+            _looked_through.add(seen)
+        return True
+    except OSError:  # one of them is not there, or the disk cannot read it
+        return False
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file, or of the names and contents of all files in a folder."""
+    parts = sorted(path.rglob("*")) if path.is_dir() else [path]
+    total = hashlib.sha256()
+    for part in parts:
+        if not part.is_dir():
+            with part.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            total.update(f"{part.relative_to(path)} {content}\n".encode())
+    return total.hexdigest()
 
 
 def _remove_leftovers(parent: Path, held: str | None) -> None:

@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +30,7 @@ from pref_jax.data.batches import Geometry, Samples, make_geometry
 from pref_jax.data.segments import Layout
 from pref_jax.data.tokenizers import TOKENIZER_FILES, load_tokenizer
 from pref_jax.errors import InputError
-from pref_jax.files import read_json, write_json
+from pref_jax.files import read_json, sync, sync_tree, write_json
 from pref_jax.memory import shortage_explained
 from pref_jax.models.attention import choose_implementation
 from pref_jax.models.bert import EncoderConfig
@@ -626,12 +625,15 @@ class Experiment:
         """
         folder = workdir / _TOKENIZER_FOLDER
         if not folder.exists():
-            made = Path(tempfile.mkdtemp(dir=workdir, prefix=".tokenizer."))
+            made = workdir / f".{_TOKENIZER_FOLDER}.unfinished"
+            shutil.rmtree(made, ignore_errors=True)  # of a start that was killed
+            made.mkdir()
             for name in TOKENIZER_FILES:
                 if (self.backbone.tokenizer_folder / name).is_file():
                     shutil.copyfile(self.backbone.tokenizer_folder / name, made / name)
-            made.chmod(0o755)
+            sync_tree(made)
             made.rename(folder)
+            sync(workdir)
         content = {
             "architecture": dataclasses.asdict(self.backbone.architecture),
             "base": self.backbone.base,

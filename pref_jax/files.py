@@ -5,6 +5,7 @@ This module imports nothing heavy, so that a wrong place is refused at once.
 
 import contextlib
 import errno
+import fcntl
 import json
 import math
 import os
@@ -85,7 +86,7 @@ def make_output_folder(path: str | Path, flag: str = "--output") -> Path:
     _refuse_bucket(path, flag)
     folder = Path(path)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         _probe(folder)
     except FileExistsError as error:
         raise InputError(str(folder), "is a file", f"name a folder with {flag}") from error
@@ -94,6 +95,22 @@ def make_output_folder(path: str | Path, flag: str = "--output") -> Path:
     except OSError as error:
         raise _explain(folder, error) from error
     return folder
+
+
+def make_folder(path: Path) -> list[Path]:
+    """Makes a folder, and those above it, where they are missing, so that a power cut leaves them.
+
+    Returns:
+      Those that were missing, the innermost first.
+
+    Raises:
+      OSError: it cannot be made.
+    """
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync(folder.parent)
+    return missing
 
 
 def refuse_foreign_files(folder: Path, names: Iterable[str], what: str) -> None:
@@ -151,23 +168,41 @@ def write_durably(path: Path, content: bytes) -> None:
       RunError: the disk is full, or the folder is gone or cannot be written any more.
       InputError: the path is a directory.
     """
-    temporary: str | None = None
+    temporary = path.with_name(f".{path.name}.unfinished")
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            os.fchmod(file.fileno(), 0o644)
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        temporary = None
+        handle = _open_alone(temporary)
+        try:
+            os.fchmod(handle, 0o644)
+            os.ftruncate(handle, 0)
+            with open(handle, "wb", closefd=False) as file:
+                file.write(content)
+            os.fsync(handle)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        finally:
+            os.close(handle)
         sync(path.parent)
     except OSError as error:
         raise write_error(path, error) from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+
+
+def _open_alone(path: Path) -> int:
+    """A file that no other process writes meanwhile, in place of what a kill has left there.
+
+    One name for all attempts, so that kills do not litter the folder.
+    """
+    while True:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        # The one that we have waited for has renamed it.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(path)):
+                return handle
+        os.close(handle)
 
 
 def sync(path: Path) -> None:
@@ -237,7 +272,17 @@ def _refuse_bucket(path: str | Path, flag: str) -> None:
 
 
 def _probe(folder: Path) -> None:
-    handle, name = tempfile.mkstemp(dir=folder)
+    """Makes a file; one without a name, which no kill leaves behind, where the system knows it."""
+    try:
+        os.close(os.open(folder, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+    except (AttributeError, IsADirectoryError):
+        pass
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+    else:
+        return
+    handle, name = tempfile.mkstemp(prefix=".", dir=folder)
     os.close(handle)
     os.unlink(name)
 

@@ -134,11 +134,24 @@ def refuse(run: Path, data: Path, *words: str) -> None:
 
 
 def start(
-    log: Path, name: str, *arguments: object, devices: int = 1, xla_flags: str = ""
+    log: Path,
+    name: str,
+    *arguments: object,
+    devices: int = 1,
+    xla_flags: str = "",
+    variables: Mapping[str, str] | None = None,
+    before: Callable[[], None] | None = None,
 ) -> ForkServerProcess:
-    """Starts a script in a process of its own, which can be killed; ``log`` gets what it says."""
+    """Starts a script in a process of its own, which can be killed; ``log`` gets what it says.
+
+    Args:
+      variables: of the process's environment.
+      before: is called in the process before the script.
+    """
     lines = [str(argument) for argument in arguments]
-    return _fork(_run_script, str(log), devices, name, lines, xla_flags=xla_flags)
+    return _fork(
+        _run_script, str(log), devices, name, lines, before, xla_flags=xla_flags, more=variables
+    )
 
 
 def call_apart(
@@ -158,7 +171,12 @@ def call_apart(
 
 
 def _fork(
-    target: Callable[..., None], log: str, devices: int, *rest: Any, xla_flags: str = ""
+    target: Callable[..., None],
+    log: str,
+    devices: int,
+    *rest: Any,
+    xla_flags: str = "",
+    more: Mapping[str, str] | None = None,
 ) -> ForkServerProcess:
     """A process forked from a server that has imported the libraries, which saves seconds."""
     context = multiprocessing.get_context("forkserver")
@@ -167,6 +185,7 @@ def _fork(
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {xla_flags}".strip(),
         "PREF_JAX_CACHE": os.environ["PREF_JAX_CACHE"],
         "STORAGE_EMULATOR_HOST": os.environ.get("STORAGE_EMULATOR_HOST", ""),
+        **(more or {}),
     }
     process = context.Process(target=target, args=(log, environment, *rest), daemon=True)
     process.start()
@@ -190,8 +209,16 @@ def _settle_in(log: str, environment: dict[str, str]) -> None:
     jax.config.update("jax_disable_most_optimizations", True)  # see tests/end_to_end/conftest.py
 
 
-def _run_script(log: str, environment: dict[str, str], name: str, arguments: list[str]) -> None:
+def _run_script(
+    log: str,
+    environment: dict[str, str],
+    name: str,
+    arguments: list[str],
+    before: Callable[[], None] | None,
+) -> None:
     _settle_in(log, environment)
+    if before is not None:
+        before()
     path = REPOSITORY / "launch" / f"{name}.py"
     sys.argv = [str(path), *arguments]
     runpy.run_path(str(path), run_name="__main__")

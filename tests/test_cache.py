@@ -82,10 +82,32 @@ def test_killed_maker_is_replaced_and_cleaned_up(own_cache):
     assert not list((own_cache / "things").glob(".*.tmp"))
     assert (cache.entry("things", "key", write) / "part").read_text() == "whole"
     assert sorted(path.name for path in (own_cache / "things").iterdir()) == [
+        ".key.sha256",
+        ".other.sha256",
         "CACHEDIR.TAG",
         "key",
         "other",
     ]
+
+
+@pytest.mark.parametrize("as_folder", [True, False])
+def test_a_flipped_bit_is_found_and_made_again(as_folder, caplog):
+    def make_file(path):
+        path.write_text("whole")
+
+    make_it, inside = (write, "part") if as_folder else (make_file, "")
+    damaged = cache.entry("things", "key", make_it) / inside
+    content = bytearray(damaged.read_bytes())
+    content[2] ^= 1
+    damaged.write_bytes(content)
+    assert (cache.entry("things", "key", make_it) / inside).read_text() == "whole"
+    assert caplog.text.count("was damaged and is made again") == 1
+    cache.entry("things", "key", fail_if_called)
+    assert caplog.text.count("was damaged and is made again") == 1
+
+
+def fail_if_called(path):
+    raise AssertionError("it is there")
 
 
 def test_second_process_waits_for_the_first():

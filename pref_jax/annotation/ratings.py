@@ -1,8 +1,9 @@
 """Ratings as a multi-task model trains on them, read from a file of annotations."""
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pref_jax.errors import InputError
 from pref_jax.files import unique_keys
 
 MISSING = -1
+_CHECK = "check"
 _MOST = 1e15  # of what can be counted or paid
 SIDES = ("a", "b")
 
@@ -119,7 +121,8 @@ def parse_line(where: str, line: bytes) -> dict[str, Any]:
     """The object on a line.
 
     Raises:
-      InputError: it is not a JSON object, or a key is in it twice.
+      InputError: it is not a JSON object, a key is in it twice, or it was changed since the
+        annotation wrote it.
     """
     try:
         entry = json.loads(line, object_pairs_hook=unique_keys)
@@ -127,7 +130,20 @@ def parse_line(where: str, line: bytes) -> dict[str, Any]:
         raise InputError(where, f"is not JSON ({error})", "mend or remove the line") from error
     if not isinstance(entry, dict):
         raise InputError(where, "is not a JSON object", "mend or remove the line")
+    if _CHECK in entry and entry != seal(entry):
+        raise InputError(
+            where,
+            f"was changed since it was written: its {_CHECK} does not fit",
+            f"remove the line; where the change is meant, remove its {_CHECK} alone",
+        )
     return entry
+
+
+def seal(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry with a check sum over all else at its end, by which a flipped bit is found."""
+    content = {name: value for name, value in entry.items() if name != _CHECK}
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return {**content, _CHECK: digest[:16]}
 
 
 def check_entry(where: str, entry: dict[str, Any], *, rated: bool) -> None:

@@ -7,21 +7,21 @@ the input with one line per response. A kill at any moment costs the answers in 
 import asyncio
 import contextlib
 import errno
-import fcntl
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pref_jax.annotation.ratings import check_entry, parse_line
+from pref_jax import locks
+from pref_jax.annotation.ratings import check_entry, parse_line, seal
 from pref_jax.errors import InputError, RunError
 from pref_jax.files import sync, write_durably, write_error
 
 Place = tuple[str, str]  # id and side
 _BEGINNING = b'{"id": '  # of every line
+_BUSY = "wait for it, or name another file with --output"
 
 
 def read_keys(path: Path) -> set[str]:
@@ -161,9 +161,8 @@ class Store:
     # Reading
 
     def _open(self) -> None:
-        for leftover in self.path.parent.iterdir():  # of a kill while files were put into order
-            if re.fullmatch(rf"\.{re.escape(self.path.name)}(\.\w+)?\.\w{{8}}", leftover.name):
-                leftover.unlink(missing_ok=True)
+        for path in (*self._paths, self._replaced):  # of a kill while files were put into order
+            path.with_name(f".{path.name}.unfinished").unlink(missing_ok=True)
         for path in self._paths:
             try:
                 flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
@@ -183,7 +182,7 @@ class Store:
             _mend_end(content, file)
         for line, entry in _read_entries(self._replaced):
             with contextlib.suppress(InputError):
-                check_entry("", entry, rated=True)
+                check_entry("", parse_line("", line), rated=True)
                 self._by_key.setdefault(str(entry.get("key")), line)
 
     def _take(self, failure: bool, entry: Mapping[str, Any], line: bytes) -> None:
@@ -291,29 +290,28 @@ class Store:
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:
-    return json.dumps(entry).encode() + b"\n"
+    return json.dumps(seal(entry)).encode() + b"\n"
+
+
+def refuse_busy(path: str | Path) -> None:
+    """Refuses an output that another process is writing; reads and imports nothing for it.
+
+    Raises:
+      InputError: names that process.
+    """
+    real = Path(os.path.realpath(path))
+    locks.refuse_held(real.with_name(f"{real.name}.lock"), str(real), _BUSY)
 
 
 def _lock(path: Path) -> int:
     """A file descriptor that holds the lock, which the kernel frees with the process."""
     while True:
         try:
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise write_error(path, error) from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file = locks.take(path, str(path).removesuffix(".lock"), _BUSY)
             if os.path.exists(path) and os.path.samestat(os.fstat(file), os.stat(path)):
+                locks.sign(file)
                 return file
-        except BlockingIOError as error:
-            os.close(file)
-            raise InputError(
-                str(path).removesuffix(".lock"),
-                "another process is writing it",
-                "wait for it, or name another file with --output",
-            ) from error
         except OSError as error:
-            os.close(file)
             raise write_error(path, error) from error
         os.close(file)
 

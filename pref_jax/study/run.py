@@ -1,7 +1,6 @@
 """``launch/reproduce.py``: makes the parts of the study that are not there yet, then its report."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -12,8 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pref_jax import locks
 from pref_jax.errors import InputError, RunError
-from pref_jax.files import make_output_folder, read_json, write_json
+from pref_jax.files import make_folder, make_output_folder, read_json, write_json
 from pref_jax.study.plan import (
     DATA,
     EVALUATION,
@@ -31,6 +31,16 @@ logger = logging.getLogger(__name__)
 
 _STUDY_FILE = "study.json"
 ABLATION = "ablation"  # what the note of an ablation's folder calls itself
+_BUSY = "wait for it, or give another --workdir"
+
+
+def refuse_busy(workdir: str) -> None:
+    """Refuses a study that another process works on; reads and imports nothing for it.
+
+    Raises:
+      InputError: names that process.
+    """
+    locks.refuse_held(Path(workdir) / ".lock", workdir, _BUSY)
 
 
 def find_sources(
@@ -142,7 +152,7 @@ def make_missing(
         wanted, note = fingerprint(part, parts), _note(folder, part)
         if _read_note(note).get("made_from") != wanted:
             shutil.rmtree(folder / part.name, ignore_errors=True)
-            note.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(note.parent)
             write_json(note, {"made_from": wanted, "finished": False})
         make(part)
         write_json(note, {"made_from": wanted, "finished": True})
@@ -177,7 +187,7 @@ def held(folder: Path, scale: str) -> Iterator[None]:
     """
     mine = folder / _STUDY_FILE
     if not mine.exists():
-        if any(entry.name != ".lock" for entry in folder.iterdir()):
+        if any(not entry.name.startswith(".") for entry in folder.iterdir()):
             raise InputError(
                 str(folder), "holds something that is not a study", "give an empty folder"
             )
@@ -188,14 +198,9 @@ def held(folder: Path, scale: str) -> Iterator[None]:
         raise InputError(
             str(folder), f"is a study of scale {before}", f"give {other}another folder"
         )
-    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    lock = locks.take(folder / ".lock", str(folder), _BUSY)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                str(folder), "another process works on it", "wait for it, or give another folder"
-            ) from error
+        locks.sign(lock)
         if not mine.exists():
             write_json(mine, {"scale": scale})
         yield
@@ -249,7 +254,7 @@ def data_files(folder: Path, sources: Sources) -> dict[str, str]:
 def _make_data(folder: Path, sources: Sources) -> None:
     """Simulates where no file was named; else notes which ones were."""
     if sources.train is not None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         files = {**data_files(folder.parent, sources), "properties": sources.properties}
         write_json(folder / "sources.json", {"files": files, "content": sources.digests})
         return
@@ -294,7 +299,7 @@ def _test(folder: Path, part: Part, sources: Sources) -> None:
     comparisons = read_comparisons(data_files(folder, sources)["test"], labelled=True)
     predictions = Predictions.collect(comparisons, score(run, comparisons))
     output = folder / part.name
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     predictions.write(output / PREDICTIONS)
     result = predictions.evaluate(Baselines.load(run.workdir / FILE))
     write_json(output / EVALUATION, {**result, "parameters": run.experiment.count_parameters()})

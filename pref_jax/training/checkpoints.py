@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 
 from pref_jax import hosts
 from pref_jax.errors import InputError, RunError
-from pref_jax.files import plain, sync, write_durably
+from pref_jax.files import make_folder, plain, sync, write_durably
 from pref_jax.mesh import place
 from pref_jax.training.mirror import Mirror
 
@@ -278,6 +278,8 @@ class Checkpoints:
             # The hashes are right and Orbax cannot read it: its own unhashed file is broken.
             self._skip(newest, damage)
             return self.restore_latest(abstract_state)
+        if not self._read_only and jax.process_index() == 0:
+            self._remove_surplus()
         return newest, state, info
 
     def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
@@ -487,7 +489,7 @@ class Checkpoints:
         """Removes what a killed run left half written or half deleted."""
         if self._owner:
             try:
-                self.directory.mkdir(parents=True, exist_ok=True)
+                make_folder(self.directory)
                 self._remove_unfinished()
             except OSError as error:
                 raise InputError(
@@ -508,6 +510,14 @@ class Checkpoints:
                     shutil.rmtree(folder, ignore_errors=True)
                 else:
                     self._set_aside(step, str(damage))
+
+    def _remove_surplus(self) -> None:
+        """What a run that was killed before it removed it would leave for good after its end."""
+        steps = self.steps()
+        for step in steps[: -self._keep]:
+            if step != _find_best(self._infos, self._metric):
+                shutil.rmtree(self.directory / str(step), ignore_errors=True)
+                self._infos.pop(step, None)
 
     def _remove_unfinished(self) -> None:
         for entry in self.directory.iterdir():

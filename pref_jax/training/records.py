@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pref_jax.files import plain, write_durably, write_error
+from pref_jax.files import plain, sync, write_durably, write_error
 from pref_jax.training.curves import Curves
 
 
@@ -32,6 +32,7 @@ class MetricLog:
             self._file = os.open(
                 self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644
             )
+            sync(self.path.parent)  # the file itself, should the power fail
             _cut_torn_line(self._file)
         except OSError as error:
             raise write_error(self.path, error) from error

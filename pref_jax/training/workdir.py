@@ -5,12 +5,10 @@ This module imports nothing heavy, so that a wrong or busy folder is refused at 
 
 import contextlib
 import datetime
-import fcntl
 import importlib.metadata
 import json
 import os
 import platform
-import shlex
 import socket
 import sys
 import time
@@ -19,10 +17,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pref_jax import hosts
+from pref_jax import hosts, locks
 from pref_jax.bucket import is_url
-from pref_jax.errors import InputError, shorten
-from pref_jax.files import plain, read_json, write_json
+from pref_jax.errors import InputError
+from pref_jax.files import make_folder, plain, read_json, write_json
 from pref_jax.training.mirror import Mirror
 
 # What may differ between the run that started a folder and the one that goes on in it: none of
@@ -33,7 +31,6 @@ _TRACES = ("checkpoints", "metrics.jsonl", "result.json")
 # What a start that was killed leaves; hidden files are its unfinished ones, or of no weight.
 _STARTED = ("model.json", "environment.json", "baselines.json", "tokenizer")
 _LOGS = (".log", ".out", ".err", "log.txt")  # endings of what a user's redirection writes
-_LONGEST_COMMAND = 120
 _DISK_DELAY = 5.0  # seconds after which every host sees what one wrote to a shared disk
 _PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "clu", "datasets"),
@@ -118,11 +115,14 @@ class Workdir:
             raise
 
     def _acquire_folder(self) -> None:
-        missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        missing: list[Path] = []
+        path = self.path / ".lock"
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            fresh = not os.path.lexists(self.path / ".lock")
-            lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            missing = make_folder(self.path)
+            fresh = not os.path.lexists(path)
+            lock = locks.take(
+                path, str(self.path), "wait for that run, end it, or give another --workdir"
+            )
         except (FileExistsError, NotADirectoryError) as error:
             raise InputError(
                 str(self.path), "is, or lies below, a file", "give --workdir a folder"
@@ -131,24 +131,7 @@ class Workdir:
             raise InputError(
                 str(self.path),
                 f"cannot be written ({error.strerror})",
-                "give --workdir a folder that you may write",
-            ) from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = _read_holder(lock)
-            os.close(lock)
-            raise InputError(
-                str(self.path),
-                f"is in use by {holder}",
-                "wait for that run, end it, or give another --workdir",
-            ) from error
-        except OSError as error:
-            os.close(lock)
-            raise InputError(
-                str(self.path),
-                f"cannot be locked ({error.strerror})",
-                "give --workdir a folder on a file system with locks",
+                "give --workdir a folder that you may write, on a file system with locks",
             ) from error
         try:
             self._refuse_vanished(lock)
@@ -167,17 +150,7 @@ class Workdir:
                     "cannot be written",
                     "give --workdir a folder that you may write",
                 )
-            holder_text = json.dumps(
-                {
-                    "pid": os.getpid(),
-                    "host": socket.gethostname(),
-                    "command": shlex.join(sys.argv),
-                    "since": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-                }
-            )
-            with contextlib.suppress(OSError):  # a full disk: the lock itself needs no room
-                os.ftruncate(lock, 0)
-                os.pwrite(lock, holder_text.encode(), 0)
+            locks.sign(lock)
         except BaseException:
             os.close(lock)
             raise
@@ -404,14 +377,3 @@ def _cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _read_holder(lock: int) -> str:
-    try:
-        holder = json.loads(os.pread(lock, 65536, 0))
-        return (
-            f"process {holder['pid']} on {holder['host']} since {holder['since']}"
-            f" ({shorten(ascii(holder['command'])[1:-1], _LONGEST_COMMAND)})"
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"

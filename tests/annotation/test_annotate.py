@@ -209,7 +209,7 @@ def test_a_second_process_is_refused(arena: Path, tmp_path: Path) -> None:
         wait_for(judge, 2, process)
         outcome = annotate(judge, arena / "test.csv", output)
         process.communicate(timeout=60)
-    one_line(outcome, 2, str(output), "another process is writing it")
+    one_line(outcome, 2, str(output), f"is in use by process {process.pid} on ")
     assert process.returncode == 0 and len(lines(output)) == 24
 
 
@@ -496,7 +496,7 @@ def test_two_names_of_a_file_are_one_output(arena: Path, tmp_path: Path) -> None
         wait_for(judge, 2, process)
         outcome = annotate(judge, arena / "test.csv", tmp_path / "link.jsonl")
         process.communicate(timeout=60)
-        one_line(outcome, 2, "another process is writing it")
+        one_line(outcome, 2, f"is in use by process {process.pid} on ")
         assert annotate(judge, arena / "test.csv", tmp_path / "link.jsonl").code == 0
     assert (tmp_path / "link.jsonl").is_symlink() and len(lines(tmp_path / "A.jsonl")) == 24
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pref_jax.annotation.ratings import read_lines
 from pref_jax.annotation.store import Store, refuse_paid_ratings
 from pref_jax.errors import InputError, RunError
 
@@ -114,6 +115,26 @@ def test_a_line_that_was_spoilt_is_named(path: Path, changes: dict[str, Any]) ->
         assert store.find(["1a"]) is None
 
 
+def test_a_flipped_bit_is_found_and_an_own_line_needs_no_sum(path: Path) -> None:
+    asyncio.run(_save_rated(path))
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b'"polite": 2', b'"polite": 3'))
+    with pytest.raises(InputError, match=r"A\.jsonl:1: was changed since it was written"):
+        Store(path, WANTED)
+    with pytest.raises(InputError, match=r"A\.jsonl:1: was changed"):
+        list(read_lines(path))
+    line = json.loads(path.read_bytes())
+    del line["check"]  # who means the change says so
+    path.write_text(json.dumps(line) + "\n")
+    with Store(path, WANTED) as store:
+        assert store.rated(("1", "a")) == line
+
+
+async def _save_rated(path: Path) -> None:
+    with Store(path, WANTED) as store:
+        await store.save([entry("1a", ratings={"polite": 2})])
+
+
 def test_paid_ratings_are_not_replaced_by_predictions(path: Path) -> None:
     refuse_paid_ratings(path)
     path.write_text(json.dumps(entry("1a", model="run@7", cost=0.0, tokens={"prompt": 0})) + "\n")
@@ -125,7 +146,7 @@ def test_paid_ratings_are_not_replaced_by_predictions(path: Path) -> None:
 
 
 def test_a_second_process_is_refused(path: Path) -> None:
-    with Store(path, WANTED), pytest.raises(InputError, match="another process is writing it"):
+    with Store(path, WANTED), pytest.raises(InputError, match=f"in use by process {os.getpid()} "):
         Store(path, WANTED)
     save(path, "1a")
     assert places(path) == ["1a"]
@@ -184,8 +205,9 @@ def test_a_full_disk_loses_nothing(path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_leftovers_of_a_kill_are_removed_and_no_other_file(path: Path) -> None:
-    for name in (".A.jsonl.abcd1234", ".A.jsonl.failures.abcd_234", ".B.jsonl.abcd1234"):
+    ours = (".A.jsonl.unfinished", ".A.jsonl.failures.unfinished", ".A.jsonl.replaced.unfinished")
+    for name in (*ours, ".B.jsonl.unfinished"):
         (path.parent / name).write_text("half")
     save(path, "1a")
     left = sorted(p.name for p in path.parent.iterdir())
-    assert left == [".B.jsonl.abcd1234", "A.jsonl", "A.jsonl.failures"]
+    assert left == [".B.jsonl.unfinished", "A.jsonl", "A.jsonl.failures"]
