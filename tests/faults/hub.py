@@ -12,6 +12,11 @@ from typing import Any
 _COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
+def _describe(name: str, content: bytes) -> dict[str, Any]:
+    digest = hashlib.sha256(content).hexdigest()
+    return {"type": "file", "path": name, "size": len(content), "oid": digest}
+
+
 class Hub:
     """The server, in threads of this process.
 
@@ -37,7 +42,9 @@ class Hub:
                     self.connection.close()
                     return
                 path = self.path.partition("?")[0]
-                if path.startswith(f"/api/models/{name}"):
+                if path.startswith(f"/api/models/{name}/tree/"):
+                    self._send(json.dumps([_describe(*item) for item in files.items()]))
+                elif path.startswith(f"/api/models/{name}"):
                     siblings = [{"rfilename": file} for file in files]
                     self._send(json.dumps({"id": name, "sha": _COMMIT, "siblings": siblings}))
                 elif (file := path.rpartition("/")[2]) in files and path.startswith(f"/{name}/"):

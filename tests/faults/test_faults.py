@@ -120,11 +120,16 @@ class JumpingClock:
 
 
 def test_clock_jumps(training: Trial, straight: Path, tmp_path: Path, record: Record) -> None:
+    """Orbax waits by the wall clock: a jump while it writes may look to it like ten minutes."""
     folder = tmp_path / "clock"
     folder.mkdir()
-    assert Process(training, folder, JumpingClock()).end() == 0
-    assert_same(training.read(folder), training.read(straight))
-    record("train: the clock jumps by hours, both ways", "nothing", "same bits")
+    process, happened = Process(training, folder, JumpingClock()), "nothing"
+    if process.end() != 0:
+        line = process.check_one_line(1)
+        assert "the checkpoint could not be written" in line and "a clock that is set" in line
+        happened = f"`{_shorten(line)}`"
+    assert_same(run_straight(training, folder), training.read(straight))
+    record("train: the clock jumps by hours, both ways, all the time", happened, "same bits")
 
 
 @contextlib.contextmanager
@@ -286,7 +291,11 @@ def test_a_loss_that_is_not_finite(training: Trial, tmp_path: Path, record: Reco
     folder.mkdir()
     wild = Trial(
         training.script,
-        lambda place: (*training.arguments(place), "--config.train.learning_rate=1e38"),
+        lambda place: (
+            *training.arguments(place),
+            "--config.train.learning_rate=1e38",
+            "--config.eval.every_steps=9",
+        ),
         training.read,
     )
     line = Process(wild, folder).check_one_line(1)
