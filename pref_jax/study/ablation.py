@@ -102,7 +102,7 @@ def ablate(
 
     def go_on(wanted: dict[str, Part]) -> bool:
         """Whether all of it was done in time."""
-        for _ in make_missing(folder, wanted, make):
+        for _ in make_missing(folder, wanted, make, possible | wanted):
             report()
             if max_hours is not None and time.monotonic() - started > max_hours * 3600.0:
                 logger.info("%g hours are over; the same command goes on", max_hours)
@@ -115,7 +115,7 @@ def ablate(
             report()
             best = pick_best(read_table(folder, stage.name))
             trained = [v for v in variants.values() if v.name in best and v.read == "model"]
-            go_on(parts | _make_adversarial_parts(trained, stage, tricky.digest))
+            go_on(_make_adversarial_parts(trained, stage, tricky.digest))
         return report()
 
 

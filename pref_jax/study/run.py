@@ -136,7 +136,10 @@ def reproduce(
 
 
 def make_missing(
-    folder: Path, parts: Mapping[str, Part], make: Callable[[Part], None]
+    folder: Path,
+    parts: Mapping[str, Part],
+    make: Callable[[Part], None],
+    known: Mapping[str, Part] | None = None,
 ) -> Iterator[Part]:
     """Makes the parts that are not finished, in order; yields each once it is.
 
@@ -144,12 +147,14 @@ def make_missing(
       folder: of the study.
       parts: by name, each behind what it needs.
       make: makes one part in its folder, or goes on with what is there.
+      known: these and whatever else they need, directly or not; None: they need nothing else.
     """
+    known = known or parts
     for number, part in enumerate(parts.values(), start=1):
-        if is_finished(folder, part, parts):
+        if is_finished(folder, part, known):
             continue
         logger.info("part %d of %d: %s", number, len(parts), part.name)
-        wanted, note = fingerprint(part, parts), _note(folder, part)
+        wanted, note = fingerprint(part, known), _note(folder, part)
         if _read_note(note).get("made_from") != wanted:
             shutil.rmtree(folder / part.name, ignore_errors=True)
             make_folder(note.parent)
