@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from rig import TINY, call, make_rows, write_csv
 
+from pref_jax.errors import RunError
 from pref_jax.race import report
 from pref_jax.race.run import CONTESTANTS
 
@@ -111,3 +112,19 @@ def test_ratios_are_within_rounds_and_a_cold_start_is_in_none() -> None:
     assert start["ours"]["median"] == 8.0 and start["ratio"]["trainer"]["median"] == 0.5
     assert comparison["cold_first_update_seconds"]["median"] == 6.0
     assert comparison["largest_logit_difference"] == 4.0
+
+
+@pytest.mark.parametrize(("logit", "loss"), [(0.1, 1.1), (0.0, 4.4)])
+def test_a_race_of_different_work_is_refused(logit: float, loss: float) -> None:
+    def turn(contestant: str, logit: float, loss: float) -> dict:
+        return {"contestant": contestant, "logits": [[0.5, logit]], "losses": [loss]}
+
+    turns = [turn("ours", 0.0, 1.1), turn("trainer", logit, loss)]
+    comparison = {"largest_logit_difference": logit}
+    report.refuse_other_work(
+        [turns[0], turns[0] | {"contestant": "trainer"}],
+        {"largest_logit_difference": 1e-6},
+        "float32",
+    )
+    with pytest.raises(RunError, match="the two sides"):
+        report.refuse_other_work(turns, comparison, "float32")
