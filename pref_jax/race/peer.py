@@ -184,6 +184,9 @@ def run(folder: Path, job: dict[str, Any], started: float) -> dict[str, Any]:
             data_collator=collate,
             callbacks=[clock],
         )
+        # Else it leaves the mean over accumulated batches to the model, and the classifiers of
+        # transformers do not take it: loss and gradient would be that many times too large.
+        trainer.model_accepts_loss_kwargs = False
         return trainer, clock
 
     # Ungrouped: our updates in our order, so that both sides' losses are of the same rows.

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pref_jax.errors import RunError
+
 NAMES = {"ours": "ours", "trainer": "Trainer", "grouped": "Trainer, grouped by length"}
 _PEERS = ("trainer", "grouped")
 
@@ -70,6 +72,34 @@ def compare(turns: list[dict[str, Any]], rounds: Iterable[int]) -> dict[str, Any
         max(np.abs(logits[0] - other).max() for other in logits[1:])
     )
     return result
+
+
+def refuse_other_work(
+    turns: list[dict[str, Any]], comparison: dict[str, Any], precision: str
+) -> None:
+    """Refuses a race whose sides did not compute the same.
+
+    Logits are without dropout. The first losses are of the same rows and differ by dropout, which
+    moves the mean over an update by far less than half.
+
+    Raises:
+      RunError: logits or losses are too far apart.
+    """
+    largest = max(abs(value) for turn in turns for row in turn["logits"] for value in row)
+    allowed = (1e-3 if precision == "float32" else 0.1) * max(1.0, largest)
+    apart = comparison["largest_logit_difference"]
+    first = {turn["contestant"]: turn["losses"][0] for turn in reversed(turns)}
+    if apart > allowed:
+        what = f"logits of the same rows are up to {apart:.2g} apart"
+    elif not 0.5 < first["ours"] / first["trainer"] < 2.0:
+        what = f"the first losses are {first['ours']:.3f} and {first['trainer']:.3f}"
+    else:
+        return
+    raise RunError(
+        "the two sides",
+        what,
+        "their work differs, so a ratio would say nothing; try another preset",
+    )
 
 
 def _spread(values: list[float]) -> dict[str, float] | None:

@@ -179,7 +179,7 @@ def race(
                 continue
             logger.info("the time is up in round %d", number + 1)
             break
-    from pref_jax.race.report import compare
+    from pref_jax.race.report import compare, refuse_other_work
 
     result = summarise()
     complete = [
@@ -189,7 +189,9 @@ def race(
     ]
     if not complete:
         raise _too_slow(seconds)
-    return result | {"comparison": compare(turns, complete)}
+    comparison = compare(turns, complete)
+    refuse_other_work(turns, comparison, job["precision"])
+    return result | {"comparison": comparison}
 
 
 def finish(result: dict[str, Any], output: Path | None) -> str:
