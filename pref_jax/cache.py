@@ -52,9 +52,11 @@ def folder(kind: str) -> Path:
     try:
         path.mkdir(exist_ok=True)
         if not tag.exists():
-            tag.write_text(_TAG_TEXT)
+            write_durably(tag, _TAG_TEXT.encode())
     except OSError as error:
         raise _refuse(path, error) from error
+    except RunError as error:
+        raise InputError(error.where, error.what, f"set {VARIABLE} to another folder") from error
     return path
 
 

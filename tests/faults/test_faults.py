@@ -273,6 +273,7 @@ def test_network_gone_in_the_middle_of_a_download(
 
 _FETCH = """
 import sys
+import pref_jax.command
 from pref_jax.errors import InputError
 from pref_jax.weights.files import weight_files
 from pref_jax.weights.sources import resolve_source
