@@ -31,7 +31,7 @@ from pref_jax.data.segments import Layout
 from pref_jax.data.tokenizers import TOKENIZER_FILES, load_tokenizer
 from pref_jax.errors import InputError
 from pref_jax.files import read_json, sync, sync_tree, write_json
-from pref_jax.memory import shortage_explained
+from pref_jax.memory import memory_of, shortage_explained
 from pref_jax.models.attention import choose_implementation
 from pref_jax.models.bert import EncoderConfig
 from pref_jax.models.causal_attention import choose_causal_implementation
@@ -823,10 +823,30 @@ def fill_config(saved: dict[str, Any], path: Path) -> ConfigDict:
     return config
 
 
+# Of a device's memory, what the weights may take before they are cut over all devices.
+_WEIGHTS_SHARE = 0.6
+
+
+def make_scoring_experiment(
+    config: ConfigDict, backbone: Backbone, *, properties: PropertySet | None = None
+) -> Experiment:
+    """An experiment that scores: every device its own rows, with all weights where these fit.
+
+    Else the weights are cut over all devices, whatever the mesh of the training was.
+    """
+    config.mesh.update({"data": -1, "fsdp": 1, "tensor": 1})
+    experiment = Experiment(config, backbone, properties=properties)
+    memory = memory_of(experiment.mesh.local_devices[0])
+    held = experiment.bytes_per_device(training=False)
+    if memory is None or held <= _WEIGHTS_SHARE * memory or experiment.mesh.devices.size == 1:
+        return experiment
+    config.mesh.update({"data": 1, "fsdp": -1, "tensor": 1})
+    return Experiment(config, backbone, properties=properties)
+
+
 def load_run(
     workdir: str | Path,
     *,
-    mesh: dict[str, int] | None = None,
     base: str | None = None,
     microbatch_size: int | None = None,
 ) -> Run:
@@ -834,7 +854,6 @@ def load_run(
 
     Args:
       workdir: a run that has been evaluated at least once; also ``gs://BUCKET/PATH``.
-      mesh: sizes of the mesh; all devices on the batch axis when nothing is said.
       base: where the frozen weights are now, if not where the run found them.
       microbatch_size: sequences per device and forward pass; None: as in training.
 
@@ -843,7 +862,6 @@ def load_run(
     """
     workdir = local_run(workdir)
     config = read_config(workdir)
-    config.mesh.update(mesh or {"data": -1, "fsdp": 1, "tensor": 1})
     config.train.microbatch_size = microbatch_size or config.train.microbatch_size
     architecture, origin, content = read_model(workdir)
     if base is not None:
@@ -854,7 +872,7 @@ def load_run(
                 "leave it out",
             )
         origin = {**origin, "source": base}
-    experiment = Experiment(
+    experiment = make_scoring_experiment(
         config,
         Backbone(architecture, workdir / _TOKENIZER_FOLDER, origin),
         properties=_read_properties(workdir, content),

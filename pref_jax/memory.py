@@ -94,7 +94,7 @@ def shortage_explained(experiment: Experiment, command: str) -> Iterator[None]:
         raise RunError(
             f"{experiment.mesh.devices.size} x {device.device_kind}",
             f"out of memory ({_shorten(error)})",
-            list_relief(experiment, command, _memory_of(device)) + kept,
+            list_relief(experiment, command, memory_of(device)) + kept,
         ) from error
 
 
@@ -147,7 +147,7 @@ def _shorten(error: BaseException) -> str:
     return text if len(text) <= 160 else f"{text[:157]}..."
 
 
-def _memory_of(device: jax.Device) -> int | None:
+def memory_of(device: jax.Device) -> int | None:
     """Bytes that a device has for JAX; CPU devices of one process share the machine's."""
     if device.platform != "cpu":
         limit = _statistics(device).get("bytes_limit")

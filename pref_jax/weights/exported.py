@@ -5,7 +5,6 @@ which base its adapters belong to.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +27,6 @@ _PLACES = {
     "data": ("train", "valid", "annotations", "properties", "soft_labels"),
     "model": ("pretrained", "init_from"),
 }
-# Of a device's memory, what the weights may take before they are cut over all devices.
-_WEIGHTS_SHARE = 0.6
 
 
 def write_run(folder: Path, run: "Run", *, form: str, quantization: str | None = None) -> None:
@@ -78,7 +75,13 @@ def load_exported(folder: Path, base: Path | None = None) -> "Run":
     """
     import jax
 
-    from pref_jax.experiment import Backbone, Experiment, Run, fill_config, parse_architecture
+    from pref_jax.experiment import (
+        Backbone,
+        Run,
+        fill_config,
+        make_scoring_experiment,
+        parse_architecture,
+    )
     from pref_jax.training.precision import choose_precision
 
     path = folder / RUN_FILE
@@ -89,14 +92,7 @@ def load_exported(folder: Path, base: Path | None = None) -> "Run":
         config.train.precision = "float16"
     backbone = Backbone(parse_architecture(content, path), folder, {"kind": "exported"})
 
-    def make(data: int, fsdp: int) -> "Experiment":
-        config.mesh.update({"data": data, "fsdp": fsdp, "tensor": 1})
-        return Experiment(config, backbone)
-
-    experiment = make(-1, 1)
-    memory = (device.memory_stats() or {}).get("bytes_limit")
-    if memory is not None and _count_bytes(experiment.abstract_params) > _WEIGHTS_SHARE * memory:
-        experiment = make(1, -1)
+    experiment = make_scoring_experiment(config, backbone)
     if content.get("form") == "adapter":
         params = _load_adapter(folder, experiment, base, content["base"]["digest"])
     elif content.get("form") == "merged":
@@ -104,13 +100,6 @@ def load_exported(folder: Path, base: Path | None = None) -> "Run":
     else:
         params = _load_encoder(folder, experiment)
     return Run(folder, experiment, int(content["step"]), params, float(about["temperature"]))
-
-
-def _count_bytes(abstract: Any) -> int:
-    import jax
-
-    leaves = jax.tree.leaves(abstract)
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def _load_encoder(folder: Path, experiment: "Experiment") -> dict[str, Any]:
