@@ -44,6 +44,7 @@ logger = logging.getLogger("pref_jax")
 DEFAULT_TIMEOUT = 120.0  # seconds
 _DEFAULT_PORT = 8476  # where `auto` meets; the port that JAX takes on a TPU slice
 _SHORTEST_SILENCE = 120.0  # seconds
+_LONGEST_OUTAGE = 50.0  # seconds: of a machine without power the others know within a minute
 _GRACE = 2.0  # seconds that a failure leaves the main thread to end by itself
 _RETRY = 0.1  # seconds between two attempts to reach the leader
 _LONGEST_LINE = 1 << 24  # bytes of a message; more is no message
@@ -760,7 +761,7 @@ class Meeting:
         selector.register(self._wake, selectors.EVENT_READ, None)
         heard = {}
         for host, link in self._links.items():
-            link.keep_alive(timeout)
+            link.keep_alive(min(timeout, _LONGEST_OUTAGE))
             selector.register(link.socket, selectors.EVENT_READ, host)
             heard[host] = time.monotonic()
             for message in link.take():  # arrived together with its greeting
