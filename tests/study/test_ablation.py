@@ -136,6 +136,7 @@ def test_the_table_is_that_of_the_answers(folder: Path, table: dict) -> None:
         assert lines[name]["difference"] == pytest.approx(gap, abs=1e-6)
         low, high = lines[name]["difference_ci95"]
         assert low <= gap <= high
+    assert all(line["seconds"] > 0 for line in lines.values())
     assert lines["both_orders"]["passes"] == 2 and lines["base"]["passes"] == 1
 
 
@@ -209,9 +210,9 @@ def test_what_is_finished_is_not_run_again(
 
 def test_no_prompt_is_on_both_sides(folder: Path, tmp_path: Path) -> None:
     rows = read_csv(folder / "rows.csv")
-    # Two prompts that only the column says are the same.
+    # Six rows whose prompts only the column says are the same.
     for number, row in enumerate(rows):
-        row["prompt_group"] = "same" if number in (0, 20, 46) else ""
+        row["prompt_group"] = "same" if number in (0, 8, 14, 20, 30, 46) else ""
     more = ("tie_allowed", "source", "prompt_group")
     path = write_csv(tmp_path / "rows.csv", rows, labels=True, more=more)
     write_folds(read_comparisons(path, labelled=True), 2, tmp_path / "folds")
@@ -227,9 +228,8 @@ def test_no_prompt_is_on_both_sides(folder: Path, tmp_path: Path) -> None:
         assert [row for row in parts["all"] if row["tie_allowed"] == "1"] == parts["train"]
         for name in ("train", "all"):
             assert not {row["prompt"] for row in valid} & {row["prompt"] for row in parts[name]}
-        together = [{"r0", "r20", "r46"} & {row["id"] for row in parts[side]} for side in parts]
-        assert together[2] in (set(), {"r0", "r20"})
-        assert not (together[2] and (together[0] or together[1]))
+        sides = {name for name, part in parts.items() if any(row["prompt_group"] for row in part)}
+        assert sides in ({"valid"}, {"train", "all"})
         held_out += [row["id"] for row in valid]
     assert sorted(held_out) == sorted(row["id"] for row in rows[:40])
 
