@@ -325,7 +325,8 @@ def _own_flag_values(argv: list[str]) -> Iterator[None]:
     finally:
         _calling = was_calling
         for thread in set(threading.enumerate()) - threads:
-            thread.join(timeout=60)  # see _leave: this process ends some day, too
+            with contextlib.suppress(RuntimeError):  # a server's, which has not begun yet
+                thread.join(timeout=60)  # see _leave: this process ends some day, too
         sys.argv, sys.path[:] = old_argv, old_path
         logger.handlers[:], logger.level, logger.propagate = old_logging
         for name in set(flags.FLAGS) - before:

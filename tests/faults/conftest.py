@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from faults.trials import Trial, make_train, run_straight
+from faults.trials import Trial, list_points, make_train, run_straight
 from rig import call
 
 Record = Callable[[str, str, str], None]
@@ -52,6 +52,14 @@ def straight(training: Trial, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("straight")
     run_straight(training, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def training_points(
+    training: Trial, straight: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[str]:
+    """Every point of a straight run; the features are in the cache by then."""
+    return list_points(training, tmp_path_factory.mktemp("points") / "run")
 
 
 @pytest.fixture

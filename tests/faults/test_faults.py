@@ -21,7 +21,6 @@ from faults.trials import (
     Process,
     Trial,
     chain,
-    list_points,
     make_annotate,
     make_study,
     run_straight,
@@ -94,13 +93,14 @@ def test_disk_full_while_annotating(
 def test_a_disk_that_refuses_from_some_write_on(
     training: Trial,
     straight: Path,
+    training_points: list[str],
     campaign: bool,
     tmp_path: Path,
     error: str,
     record: Record,
 ) -> None:
-    points = [p for p in list_points(training, tmp_path / "points") if p.startswith("before")]
-    only = random.Random(error).sample(points, 40 if campaign else 3)
+    points = [point for point in training_points if point.startswith("before")]
+    only = random.Random(error).sample(points, 40 if campaign else 1)
     struck = chain(training, tmp_path / "harmed", error, only)
     assert struck
     assert_same(training.read(tmp_path / "harmed"), training.read(straight))
