@@ -12,6 +12,7 @@ import shlex
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 from pref_jax.errors import InputError, shorten
 
@@ -44,15 +45,28 @@ def take(path: Path, what: str, remedy: str) -> int:
 
 def sign(lock: int) -> None:
     """Writes into a lock file that is held who holds it."""
-    holder = {
+    with contextlib.suppress(OSError):  # a full disk: the lock itself needs no room
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, json.dumps(name_this_process()).encode(), 0)
+
+
+def name_this_process() -> dict[str, Any]:
+    """What is written where others look for a holder; see `describe_holder`."""
+    return {
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "command": shlex.join(sys.argv),
         "since": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
     }
-    with contextlib.suppress(OSError):  # a full disk: the lock itself needs no room
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, json.dumps(holder).encode(), 0)
+
+
+def describe_holder(holder: Any) -> str:
+    """The words of a message for what `name_this_process` says, or for whatever was found."""
+    try:
+        command = shorten(ascii(holder["command"])[1:-1], _LONGEST_COMMAND)
+        return f"process {holder['pid']} on {holder['host']} since {holder['since']} ({command})"
+    except (KeyError, TypeError):
+        return "another process"
 
 
 def refuse_held(path: Path, what: str, remedy: str) -> None:
@@ -80,10 +94,6 @@ def _lock(lock: int, what: str, remedy: str) -> None:
 
 def _read_holder(lock: int) -> str:
     try:
-        holder = json.loads(os.pread(lock, 65536, 0))
-        return (
-            f"process {holder['pid']} on {holder['host']} since {holder['since']}"
-            f" ({shorten(ascii(holder['command'])[1:-1], _LONGEST_COMMAND)})"
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"
+        return describe_holder(json.loads(os.pread(lock, 65536, 0)))
+    except (OSError, ValueError):
+        return describe_holder(None)

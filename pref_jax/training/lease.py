@@ -12,16 +12,14 @@ import datetime
 import json
 import logging
 import os
-import shlex
-import socket
-import sys
 import threading
 import time
 import uuid
 from typing import Any
 
 from pref_jax.bucket import Conflict, Entry, Folder
-from pref_jax.errors import InputError, RunError, shorten
+from pref_jax.errors import InputError, RunError
+from pref_jax.locks import describe_holder, name_this_process
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +27,6 @@ NAME = ".lock"
 BEAT = 10.0  # seconds between two signs of life
 STALE = 120.0  # seconds of silence after which a holder counts as dead
 _POLL = 1.0  # seconds
-_LONGEST_COMMAND = 120
 
 
 class Lease:
@@ -38,7 +35,7 @@ class Lease:
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
         self._token = uuid.uuid4().hex
-        self._since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        self._name = name_this_process()
         self._beats = 0
         self._guard = threading.Lock()
         # Guarded by `_guard`:
@@ -66,7 +63,7 @@ class Lease:
             if entry.generation != (first or entry).generation or _lives_here(holder):
                 raise InputError(
                     self._folder.url,
-                    f"is in use by {_describe(holder)}",
+                    f"is in use by {describe_holder(holder)}",
                     "wait for that run, end it, or give another --workdir",
                 )
             if first is None:
@@ -77,11 +74,15 @@ class Lease:
             dead = watched >= STALE or (age >= STALE and watched >= 1.5 * BEAT)
             if _ended_here(holder) or dead:
                 if self._write(entry.generation):
-                    logger.info("took %s over from %s", self._folder.url, _describe(holder))
+                    logger.info("took %s over from %s", self._folder.url, describe_holder(holder))
                     break
                 continue
             if entry is first:
-                logger.info("%s is held by %s: does it live?", self._folder.url, _describe(holder))
+                logger.info(
+                    "%s is held by %s: does it live?",
+                    self._folder.url,
+                    describe_holder(holder),
+                )
             time.sleep(min(_POLL, BEAT / 2.0))
         self._thread = threading.Thread(target=self._live, name="lease", daemon=True)
         self._thread.start()
@@ -125,11 +126,8 @@ class Lease:
         content = {
             "token": self._token,
             "beat": self._beats,
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
             "machine": _machine(),
-            "command": shlex.join(sys.argv),
-            "since": self._since,
+            **self._name,
         }
         try:
             written = self._folder.write(NAME, json.dumps(content).encode(), generation=generation)
@@ -173,11 +171,3 @@ def _lives_here(holder: dict[str, Any]) -> bool:
 
 def _ended_here(holder: dict[str, Any]) -> bool:
     return _is_here(holder) and not _runs(holder)
-
-
-def _describe(holder: dict[str, Any]) -> str:
-    try:
-        command = shorten(ascii(holder["command"])[1:-1], _LONGEST_COMMAND)
-        return f"process {holder['pid']} on {holder['host']} since {holder['since']} ({command})"
-    except (KeyError, TypeError):
-        return "another process"
