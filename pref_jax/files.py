@@ -113,6 +113,28 @@ def make_folder(path: Path) -> list[Path]:
     return missing
 
 
+def replace_folder(made: Path, target: Path, aside: Path) -> None:
+    """Moves a finished folder to where another one may be, which comes back where that fails.
+
+    Args:
+      made: flushed already.
+      target: where it goes.
+      aside: where what was there lies afterwards; the caller removes it.
+
+    Raises:
+      OSError: it cannot be moved.
+    """
+    if os.path.lexists(target):
+        target.rename(aside)
+    try:
+        made.rename(target)
+    except OSError:
+        if aside.exists():
+            aside.rename(target)
+        raise
+    sync(target.parent)
+
+
 def refuse_foreign_files(folder: Path, names: Iterable[str], what: str) -> None:
     """Refuses to replace files that an earlier call did not write.
 

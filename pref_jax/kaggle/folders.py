@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pref_jax.errors import InputError, RunError
-from pref_jax.files import check_room, sync, sync_tree
+from pref_jax.files import check_room, replace_folder, sync_tree
 
 
 def check_folder(output: str, is_ours: Callable[[Path], bool]) -> Path:
@@ -49,15 +49,7 @@ def replaced_folder(output: str, is_ours: Callable[[Path], bool]) -> Iterator[Pa
         yield made
         sync_tree(made)
         old = made.with_name(f"{made.name}.old")
-        if target.exists():
-            target.rename(old)
-        try:
-            made.rename(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
-        sync(target.parent)
+        replace_folder(made, target, old)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise RunError(

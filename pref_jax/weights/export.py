@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pref_jax.data.tokenizers import TOKENIZER_FILES
 from pref_jax.errors import InputError, RunError
-from pref_jax.files import check_room, sync, sync_tree
+from pref_jax.files import check_room, replace_folder, sync_tree
 from pref_jax.weights import names
 from pref_jax.weights.files import INDEX, SINGLE, read_json
 
@@ -363,15 +363,7 @@ def write_folder(
         for path in made.glob("*.safetensors"):
             shutil.copymode(made / DESCRIPTION, path)
         sync_tree(made)
-        if os.path.lexists(output):
-            output.rename(replaced)
-        try:
-            made.rename(output)
-        except OSError:
-            if replaced.exists():
-                replaced.rename(output)
-            raise
-        sync(output.parent)
+        replace_folder(made, output, replaced)
     except (OSError, SafetensorError) as error:
         raise _explain(f"--output={output}", error) from error
     finally:
