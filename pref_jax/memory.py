@@ -8,6 +8,7 @@ import re
 import resource
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pref_jax.errors import RunError
@@ -30,6 +31,17 @@ def peak_bytes(device: jax.Device) -> int:
     statistics = _statistics(device)
     if "peak_bytes_in_use" in statistics:
         return int(statistics["peak_bytes_in_use"])
+    return resident_peak()
+
+
+def resident_peak() -> int:
+    """Most bytes this process has held in memory so far."""
+    # `getrusage` would count what the parent held when it forked.
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 

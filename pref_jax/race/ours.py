@@ -58,7 +58,7 @@ def run(folder: Path, job: dict[str, Any], started: float) -> dict[str, Any]:
     jax.block_until_ready(state)
     training_seconds = time.perf_counter() - mark
     device = mesh.devices.flat[0]
-    memory = turn.resident_peak() if device.platform == "cpu" else peak_bytes(device)
+    memory = peak_bytes(device)
 
     del state, frozen, pending, values
     predictor = experiment.make_predictor()

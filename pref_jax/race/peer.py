@@ -21,6 +21,7 @@ from transformers import (
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from pref_jax.errors import InputError
+from pref_jax.memory import resident_peak
 from pref_jax.race import turn
 
 # Trainer sorts by length within groups of 50 updates, and within a quarter of a file that is
@@ -199,7 +200,7 @@ def run(folder: Path, job: dict[str, Any], started: float) -> dict[str, Any]:
     trainer.train()
     training_seconds = clock.ended - clock.begun
     losses += _losses(trainer)
-    memory = torch.cuda.max_memory_allocated() if on_gpu else turn.resident_peak()
+    memory = torch.cuda.max_memory_allocated() if on_gpu else resident_peak()
 
     del trainer, model
     model = load_model(folder, job)

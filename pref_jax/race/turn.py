@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import sys
 import traceback
 from collections.abc import Callable
@@ -18,18 +17,6 @@ TEXTS = "texts.json"
 MODEL = "model"
 
 Work = Callable[[Path, dict[str, Any], float], dict[str, Any]]
-
-
-def resident_peak() -> int:
-    """Most bytes this process has held in memory so far."""
-    # `getrusage` would count what the parent held when it forked.
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
 
 
 def serve(work: Work) -> None:
