@@ -12,7 +12,7 @@ import pyarrow as pa
 from ml_collections import ConfigDict
 
 from pref_jax.data.arena import TIE, Comparisons, read_comparisons
-from pref_jax.errors import InputError, RunError
+from pref_jax.errors import InputError
 from pref_jax.evaluation.baselines import FILE as BASELINES_FILE
 from pref_jax.evaluation.baselines import Baselines
 from pref_jax.evaluation.predict import fit_temperature, to_probabilities
@@ -22,7 +22,7 @@ from pref_jax.files import make_output_folder, write_json
 from pref_jax.study.ablation_table import EVALUATION, pick_best, read_table, write_table
 from pref_jax.study.folds import write_folds
 from pref_jax.study.plan import Part
-from pref_jax.study.run import ABLATION, held, is_finished, make_missing
+from pref_jax.study.run import ABLATION, held, is_finished, make_missing, train_whole
 from pref_jax.study.variants import (
     Stage,
     Variant,
@@ -169,8 +169,6 @@ def _make(part: Part, folder: Path, data: Comparisons, tricky: Comparisons | Non
 
 def _train(part: Part, folder: Path, files: Path) -> None:
     from pref_jax.evaluation.ensemble import join_folds
-    from pref_jax.training.run import train
-    from pref_jax.training.workdir import Workdir
 
     assert part.config is not None
     config, fold = part.config.copy_and_resolve_references(), part.settings["fold"]
@@ -184,14 +182,7 @@ def _train(part: Part, folder: Path, files: Path) -> None:
             config.data.soft_labels = str((folder / part.name).with_suffix(f".{_TEACHER}"))
             Path(config.data.soft_labels).parent.mkdir(parents=True, exist_ok=True)
             join_folds(teachers, config.data.soft_labels)
-    with Workdir(folder / part.name) as run:
-        result = train(config, run, time.monotonic())
-    if "valid" not in result:
-        raise RunError(
-            str(folder / part.name),
-            f"stopped by {result['stopped']} at update {result['steps']}",
-            "type the same command again to go on",
-        )
+    train_whole(config, folder / part.name)
 
 
 def _answer(workdir: Path, rows: Comparisons, output: Path, *, swap_average: bool) -> None:

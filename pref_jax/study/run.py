@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from pref_jax import locks
 from pref_jax.errors import InputError, RunError
 from pref_jax.files import make_folder, make_output_folder, read_json, write_json
@@ -270,9 +272,6 @@ def _make_data(folder: Path, sources: Sources) -> None:
 
 
 def _train(folder: Path, part: Part, sources: Sources) -> None:
-    from pref_jax.training.run import train
-    from pref_jax.training.workdir import Workdir
-
     assert part.config is not None
     config, files = part.config.copy_and_resolve_references(), data_files(folder, sources)
     with config.unlocked():
@@ -282,11 +281,23 @@ def _train(folder: Path, part: Part, sources: Sources) -> None:
             config.data.properties = sources.properties
         for name in part.needs:
             config.model.init_from = str(folder / name)
-    with Workdir(folder / part.name) as run:
+    train_whole(config, folder / part.name)
+
+
+def train_whole(config: ConfigDict, workdir: Path) -> None:
+    """Trains a part's run, or goes on with it, to its end.
+
+    Raises:
+      RunError: it was asked to stop before.
+    """
+    from pref_jax.training.run import train
+    from pref_jax.training.workdir import Workdir
+
+    with Workdir(workdir) as run:
         result = train(config, run, time.monotonic())
     if "valid" not in result:
         raise RunError(
-            str(folder / part.name),
+            str(workdir),
             f"stopped by {result['stopped']} at update {result['steps']}",
             "type the same command again to go on",
         )
