@@ -11,10 +11,12 @@ import os
 import runpy
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from pref_jax import command
 from pref_jax.training.records import read_metrics
@@ -95,6 +97,23 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 def call(name: str, *arguments: object) -> command.Outcome:
     """A script of ``launch/`` inside this process."""
     return command.call(REPOSITORY / "launch" / f"{name}.py", arguments)
+
+
+def simulate(folder: Path, rows: int, test_rows: int) -> Path:
+    """Writes an arena into ``folder``: rows to train on, and rows to answer."""
+    numbers = f"--rows={rows}", f"--test_rows={test_rows}", "--seed=7"
+    outcome = call("simulate", *numbers, f"--output={folder}")
+    assert outcome.code == 0, outcome
+    return folder
+
+
+@contextlib.contextmanager
+def nothing_of_the_users(cache: Path) -> Iterator[None]:
+    """Caches in ``cache``, and no key but the one that a test sets."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREF_JAX_CACHE", str(cache))
+        patch.delenv("OPENAI_API_KEY", raising=False)
+        yield
 
 
 def train(workdir: Path, *arguments: object) -> command.Outcome:

@@ -7,17 +7,19 @@ documented; who asks is not looked at. It fails where a test wants it to.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 
 import google_crc32c
+import pytest
 
 PAGE = 7  # objects of a page, so that lists have several
 
@@ -271,3 +273,12 @@ def _hashes(stored: Stored) -> dict[str, str]:
         "X-Goog-Hash": f"crc32c={_crc32c(stored.content)},md5={_md5(stored.content)}",
         "X-Goog-Generation": str(stored.generation),
     }
+
+
+@contextlib.contextmanager
+def standing_in(patch: pytest.MonkeyPatch) -> Iterator[Storage]:
+    """A server with the bucket "b", which Google's library takes for the real one."""
+    storage = Storage("b")
+    patch.setenv("STORAGE_EMULATOR_HOST", storage.address)
+    yield storage
+    storage.close()

@@ -14,7 +14,7 @@ from rig import TEXTS, make_rows, write_csv
 
 pytest.importorskip("google.cloud.storage", reason="needs pip install pref_jax[gcs]")
 
-from storage import Storage
+from storage import Storage, standing_in
 
 from pref_jax import bucket, cache
 from pref_jax.annotation.properties import DEFAULT_FILE, load_properties
@@ -27,12 +27,10 @@ from pref_jax.weights.sources import resolve_source
 
 @pytest.fixture
 def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Storage]:
-    storage = Storage("b")
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", storage.address)
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(bucket, "PATIENCE", 2.0)
-    yield storage
-    storage.close()
+    with standing_in(monkeypatch) as storage:
+        yield storage
 
 
 def fails_twice(storage: Storage, fault: int | str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from rig import TINY, UPDATES, call, finish, start
+from rig import TINY, UPDATES, call, finish, simulate, start
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -37,10 +37,7 @@ def compiled_soon() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def arena(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with 300 simulated rows to train on and 60 to answer."""
-    folder = tmp_path_factory.mktemp("arena")
-    outcome = call("simulate", "--rows=300", "--test_rows=60", "--seed=7", f"--output={folder}")
-    assert outcome.code == 0, outcome
-    return folder
+    return simulate(tmp_path_factory.mktemp("arena"), rows=300, test_rows=60)
 
 
 @pytest.fixture(scope="session")

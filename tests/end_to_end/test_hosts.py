@@ -208,6 +208,13 @@ def test_missing_host_is_named_in_time(arguments: tuple[str, ...], tmp_path: Pat
         assert not (tmp_path / str(present) / "run").exists()
 
 
+def assert_goes_on(folder: Path, command: tuple[str, ...], run: Path) -> None:
+    """The same command on both hosts resumes ``folder / "run"`` and ends as ``run`` did."""
+    said = end(launch(folder, *command), 0, 0)
+    assert "resumed" in said[0] and "is skipped" not in said[0]
+    assert_same(folder / "run", run)
+
+
 def test_loss_and_stop_change_nothing(
     arguments: tuple[str, ...], run: Path, tmp_path: Path
 ) -> None:
@@ -231,9 +238,7 @@ def test_loss_and_stop_change_nothing(
     assert lost <= stopped < STEPS and (workdir / "checkpoints" / str(stopped)).is_dir()
     assert not (workdir / "result.json").exists()
 
-    said = end(launch(tmp_path, *command), 0, 0)
-    assert "resumed" in said[0] and "is skipped" not in said[0]
-    assert_same(workdir, run)
+    assert_goes_on(tmp_path, command, run)
 
 
 def test_loss_of_the_leader_changes_nothing(
@@ -250,9 +255,7 @@ def test_loss_of_the_leader_changes_nothing(
     said = end(pair, -signal.SIGKILL, 1)
     assert "error: host 0 (" in said[1] and "is gone" in said[1]
 
-    said = end(launch(tmp_path, *command), 0, 0)
-    assert "resumed" in said[0] and "is skipped" not in said[0]
-    assert_same(workdir, run)
+    assert_goes_on(tmp_path, command, run)
 
 
 def assert_same(workdir: Path, run: Path) -> None:

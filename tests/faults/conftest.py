@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from faults.trials import Trial, list_points, make_train, run_straight
-from rig import call
+from rig import nothing_of_the_users, simulate
 
 Record = Callable[[str, str, str], None]
 _ROWS = pytest.StashKey[list[tuple[str, str, str]]]()
@@ -26,19 +26,14 @@ def campaign() -> bool:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PREF_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.delenv("OPENAI_API_KEY", raising=False)
+    with nothing_of_the_users(tmp_path_factory.mktemp("cache")):
         yield
 
 
 @pytest.fixture(scope="session")
 def arena(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with 40 simulated rows to train on and 12 to answer."""
-    folder = tmp_path_factory.mktemp("arena")
-    outcome = call("simulate", "--rows=40", "--test_rows=12", "--seed=7", f"--output={folder}")
-    assert outcome.code == 0, outcome
-    return folder
+    return simulate(tmp_path_factory.mktemp("arena"), rows=40, test_rows=12)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("google.cloud.storage", reason="needs pip install pref_jax[gcs]")
 
-from storage import Storage
+from storage import Storage, standing_in
 
 from pref_jax.bucket import Folder
 from pref_jax.errors import InputError, RunError
@@ -21,12 +21,10 @@ from pref_jax.training.lease import Lease
 
 @pytest.fixture
 def storage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Storage]:
-    storage = Storage("b")
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", storage.address)
     monkeypatch.setattr(leases, "BEAT", 0.1)
     monkeypatch.setattr(leases, "STALE", 0.6)
-    yield storage
-    storage.close()
+    with standing_in(monkeypatch) as storage:
+        yield storage
 
 
 def make() -> Lease:

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("google.cloud.storage", reason="needs pip install pref_jax[gcs]")
 
-from storage import Storage
+from storage import Storage, standing_in
 
 from pref_jax import bucket, cache
 from pref_jax.errors import InputError, RunError
@@ -27,13 +27,11 @@ URL = "gs://b/run"
 
 @pytest.fixture
 def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Storage]:
-    storage = Storage("b")
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", storage.address)
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(bucket, "PATIENCE", 1.0)
     monkeypatch.setattr(mirror, "PATIENCE", 3.0)
-    yield storage
-    storage.close()
+    with standing_in(monkeypatch) as storage:
+        yield storage
 
 
 def make_state(step: int) -> dict[str, Any]:
