@@ -20,6 +20,9 @@ flags.DEFINE_string("data", None, "Labelled CSV, CSV.gz or Parquet.", required=T
 flags.DEFINE_string("output", None, "JSON file to write.")
 flags.DEFINE_string("annotations", None, "Ratings to judge a multi-task run by: JSON lines.")
 flags.DEFINE_bool("swap_average", False, "Score both orders of the responses and average.")
+flags.DEFINE_float(
+    "swap_share", 1.0, "Of --swap_average: for the share of rows in which A and B are closest."
+)
 flags.DEFINE_string("base", None, "Where the frozen weights of the run are now, if they moved.")
 flags.DEFINE_integer(
     "microbatch_size",
@@ -40,6 +43,7 @@ def main(options):
             options.data,
             output=options.output,
             swap_average=options.swap_average,
+            swap_share=options.swap_share,
             base=options.base,
             annotations=options.annotations,
             microbatch_size=options.microbatch_size,

@@ -20,6 +20,9 @@ flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 flags.DEFINE_string("data", None, "CSV, CSV.gz or Parquet; labels are not needed.", required=True)
 flags.DEFINE_string("output", None, "The submission file to write.", required=True)
 flags.DEFINE_bool("swap_average", False, "Score both orders of the responses and average.")
+flags.DEFINE_float(
+    "swap_share", 1.0, "Of --swap_average: for the share of rows in which A and B are closest."
+)
 flags.DEFINE_string("base", None, "Where the frozen weights of the run are now, if they moved.")
 flags.DEFINE_integer(
     "microbatch_size",
@@ -40,6 +43,7 @@ def main(options):
             options.data,
             options.output,
             swap_average=options.swap_average,
+            swap_share=options.swap_share,
             base=options.base,
             microbatch_size=options.microbatch_size,
         )

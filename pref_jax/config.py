@@ -72,6 +72,8 @@ def default_config() -> ConfigDict:
     config.input.budget = placeholder(tuple)  # share per segment; None: the paper's for the layout
     config.input.reuse_unused = False  # whether room a short segment leaves goes to longer ones
     config.input.truncation = "head"  # what of a long segment is kept
+    # Text that stands where a segment was cut, such as "[...]"; None: nothing does.
+    config.input.marker = placeholder(str)
     config.input.template = TEMPLATE  # of the layout "decoder": the text around the segments
     config.input.packing = "auto"  # several rows per sequence where attention can keep them apart
     config.input.tokenizer = "auto"  # "auto": picked by what the pretrained folder holds
@@ -82,6 +84,9 @@ def default_config() -> ConfigDict:
         str
     )  # hub name, folder or package:NAME/PATH; None: random
     config.model.init_from = placeholder(str)  # a workdir whose encoder to start from
+    # Rows of an encoder's position table: those behind the pretrained ones repeat them from the
+    # first on. None: what was pretrained, 512 for BERT.
+    config.model.extend_positions = placeholder(int)
     config.model.frozen_layers = 0  # how many of the first encoder layers are not trained
     config.model.head_dropout = 0.1  # on the pooled state
     # Exchanging A and B exchanges their probabilities, by construction. parallel: a score of each
@@ -402,6 +407,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "data.folds": (2, 1000),
     "data.fold": (0, 999),
     "input.max_length": (4, LONGEST_INPUT),
+    "model.extend_positions": (4, LONGEST_INPUT),
     "model.frozen_layers": (0, 1000),
     "model.config.num_layers": (1, 1000),
     "model.config.hidden_size": (1, 65536),
@@ -506,7 +512,8 @@ def _check_input(config: ConfigDict) -> None:
         if sum(budget) > 1 + 1e-6:
             raise InputError(where, f"the shares add up to {sum(budget):g}, above 1", example)
     positions = config.model.config.max_positions
-    if config.model.pretrained is None and config.input.max_length > positions:
+    is_new = config.model.pretrained is None and config.model.init_from is None
+    if is_new and config.input.max_length > positions:
         raise InputError(
             "--config.input.max_length",
             f"{config.input.max_length} tokens, but the model has {positions} positions",
@@ -536,6 +543,12 @@ def _check_model(model: ConfigDict) -> None:
         )
     if model.pretrained is not None:
         return  # its folder says how many layers and heads there are
+    if model.init_from is None and model.extend_positions is not None:
+        raise InputError(
+            "--config.model.extend_positions",
+            "there is no pretrained table to repeat",
+            "set model.config.max_positions instead",
+        )
     head_dim = model.config.head_dim or model.config.hidden_size // model.config.num_heads
     if model.family == "llama" and head_dim % 2:
         raise InputError(

@@ -92,6 +92,7 @@ def make_layout(config: ConfigDict) -> Layout:
         reuse_unused=section.reuse_unused,
         truncation=section.truncation,
         template=section.template if section.layout == "decoder" else None,
+        marker=section.marker,
     )
 
 
@@ -134,9 +135,9 @@ def find_backbone(config: ConfigDict, texts: "Comparisons") -> Backbone:
                 f"{workdir} is a run of a {architecture.family}, model.family is {section.family}",
                 "name a run of that family, or leave model.family out",
             )
-        digest = _run_digest(workdir)
+        digest = run_digest(workdir)
         base = {"kind": "run", "source": str(section.init_from), "digest": digest}
-        return Backbone(_with_dropout(architecture, config), workdir / _TOKENIZER_FOLDER, base)
+        return Backbone(_adapt(architecture, config), workdir / _TOKENIZER_FOLDER, base)
     if section.pretrained is not None:
         return _pretrained_backbone(config)
     base = {"kind": "random", "source": str(config.seed)}
@@ -172,7 +173,7 @@ def _pretrained_backbone(config: ConfigDict) -> Backbone:
         from pref_jax.weights.gguf import tokenizer_folder
 
         folder = tokenizer_folder(source)
-    return Backbone(_with_dropout(architecture, config), folder, base)
+    return Backbone(_adapt(architecture, config), folder, base)
 
 
 def find_architecture(config: ConfigDict) -> Architecture:
@@ -190,7 +191,7 @@ def find_architecture(config: ConfigDict) -> Architecture:
     else:
         source = resolve_source(section.pretrained)
         architecture = read_architecture(source, section.family)
-    return _with_dropout(architecture, config)
+    return _adapt(architecture, config)
 
 
 def random_architecture(config: ConfigDict, vocab_size: int) -> Architecture:
@@ -231,6 +232,23 @@ def random_architecture(config: ConfigDict, vocab_size: int) -> Architecture:
         )
     encoder = EncoderConfig(**sizes, type_vocab_size=2 if family == "bert" else 0)
     return _with_dropout(encoder, config)
+
+
+def _adapt(architecture: Architecture, config: ConfigDict) -> Architecture:
+    """A base's architecture with what the config changes of it."""
+    rows = config.model.extend_positions
+    if rows is not None:
+        where = "--config.model.extend_positions"
+        if isinstance(architecture, LlamaConfig):
+            raise InputError(where, "a decoder has no table of positions", "leave it out")
+        if rows < architecture.max_positions:
+            raise InputError(
+                where,
+                f"{rows} is less than the {architecture.max_positions} positions that are there",
+                f"give more than {architecture.max_positions}, or leave it out",
+            )
+        architecture = dataclasses.replace(architecture, max_positions=rows)
+    return _with_dropout(architecture, config)
 
 
 def _with_dropout(architecture: Architecture, config: ConfigDict) -> Architecture:
@@ -334,7 +352,8 @@ class Experiment:
                 "--config.input.max_length",
                 f"{self.layout.max_length} is more than the model's {architecture.max_positions} "
                 "positions",
-                f"choose {architecture.max_positions} or less",
+                f"choose {architecture.max_positions} or less"
+                + ("" if self.is_decoder else ", or raise --config.model.extend_positions"),
             )
         frozen_layers, lora = self.config.model.frozen_layers, self.config.model.lora
         if lora.rank and frozen_layers:
@@ -585,14 +604,17 @@ class Experiment:
         if run.experiment.backbone.base.get("kind") == "run" and not run.params:
             raise InputError(base["source"], "it has no parameters", "train it first")
         ours = {name: leaf.shape for name, leaf in _flatten(abstract).items()}
-        theirs = {name: leaf.shape for name, leaf in _flatten(run.params["encoder"]).items()}
+        encoder = run.params["encoder"]
+        if self.config.model.extend_positions is not None:
+            encoder = _extend_positions(encoder, self.backbone.architecture.max_positions)
+        theirs = {name: leaf.shape for name, leaf in _flatten(encoder).items()}
         if ours != theirs:
             raise InputError(
                 base["source"], "its encoder has another shape", "start from a run of this backbone"
             )
         return jax.tree.map(
             lambda leaf, like: meshes.place(np.asarray(leaf), like.sharding),
-            run.params["encoder"],
+            encoder,
             abstract,
         )
 
@@ -692,6 +714,15 @@ def _flatten(tree: Any) -> dict[str, Any]:
     return traverse_util.flatten_dict(tree, sep="/")
 
 
+def _extend_positions(encoder: Any, rows: int) -> Any:
+    """The tree with a longer table of positions, as `load_encoder` makes it."""
+    from pref_jax.weights.huggingface import repeat_rows
+
+    tables = encoder["embeddings"]
+    longer = {"embedding": repeat_rows(np.asarray(tables["position"]["embedding"]), rows)}
+    return encoder | {"embeddings": tables | {"position": longer}}
+
+
 def one_tree(variables: Any) -> Any:
     """Parameters and adapters, two Flax collections, as the one tree that is trained and kept."""
     tree = dict(variables["params"])
@@ -744,7 +775,7 @@ def _read_properties(workdir: Path, content: dict[str, Any]) -> PropertySet | No
         ) from error
 
 
-def _run_digest(workdir: Path) -> str:
+def run_digest(workdir: Path) -> str:
     """Identity of a run's best checkpoint: its manifest holds the hash of every file."""
     checkpoints = Checkpoints(workdir / "checkpoints", keep=1, read_only=True)
     best = checkpoints.best_step()
@@ -882,7 +913,7 @@ def load_run(
     if hosts.count() > 1:
         hosts.agree(
             str(workdir),
-            {"best checkpoint": step, "its content": _run_digest(workdir)},
+            {"best checkpoint": step, "its content": run_digest(workdir)},
             "let all hosts see the same run, or wait until their copies are complete",
         )
     if step is None:
@@ -933,7 +964,7 @@ def load_frozen(experiment: Experiment) -> Any:
                 "export, --config.model.pretrained=FOLDER to train on",
             ) from error
     elif base["kind"] == "run":
-        found = _run_digest(local_run(base["source"]))
+        found = run_digest(local_run(base["source"]))
     else:
         found = base.get("digest", "")
     if found != base.get("digest", ""):

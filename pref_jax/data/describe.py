@@ -258,14 +258,15 @@ def _example(
         parts = []
         for column, count in zip(pick, kept.tolist(), strict=True):
             ids = segments[column]
-            places = cut(np.arange(len(ids)), count, layout.truncation)
+            marker = np.full(len(form.marker), -1)
+            places = cut(np.arange(len(ids)), count, layout.truncation, marker)
             gone = np.setdiff1d(np.arange(len(ids)), places)
             first = int(gone[0]) if len(gone) else len(ids)
             parts.append(
                 {
                     "segment": TEXTS[column],
                     "tokens": len(ids),
-                    "kept": count,
+                    "kept": len(ids) - len(gone),
                     "before": tokenizer.decode(ids[:first]),
                     "cut": tokenizer.decode(ids[gone]),
                     "after": tokenizer.decode(ids[first + len(gone) :]),

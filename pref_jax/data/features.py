@@ -145,6 +145,7 @@ def make_features(
     form = Form(layout, tokenizer)
     settings = {**asdict(form.layout), "budget": [str(share) for share in layout.budget]}
     settings["fixed"] = [piece.tolist() for piece in form.fixed]
+    settings["marker"] = form.marker.tolist()
     tokens_key = _tokens_key(comparisons, tokenizer)
     key = _hash([tokens_key, {name: str(value) for name, value in settings.items()}])
 
@@ -282,7 +283,7 @@ def _sequences(tokens: Tokens, form: Form, rows: range) -> Iterator[list["pa.Arr
             segments = tokens[start + row]
             for pick, keep in zip(picks, kept, strict=True):
                 parts = [
-                    cut(segments[column], int(count), layout.truncation)
+                    cut(segments[column], int(count), layout.truncation, form.marker)
                     for column, count in zip(pick, keep[row], strict=True)
                 ]
                 ids, type_start = form.join(parts)

@@ -42,6 +42,8 @@ class Layout:
       truncation: what of a longer segment is kept: "head", "tail" or "head_tail".
       template: of "decoder": text with {prompt}, {response_a} and {response_b}, each once and in
         this order, and something behind the last.
+      marker: text that stands where a segment was cut, out of the segment's own budget; a segment
+        that keeps no more tokens than it has does without. None: nothing does.
       num_fixed: of "decoder": tokens of begin-of-text and template, once the tokenizer is known.
 
     Raises:
@@ -55,6 +57,7 @@ class Layout:
     truncation: str = "head"
     template: str | None = None
     num_fixed: int = 0
+    marker: str | None = None
 
     def __post_init__(self) -> None:
         if self.name not in SEGMENTS:
@@ -63,6 +66,8 @@ class Layout:
             _refuse("truncation", self.truncation, f"use one of {', '.join(TRUNCATIONS)}")
         if not isinstance(self.reuse_unused, bool | np.bool_):
             _refuse("reuse_unused", self.reuse_unused, "use true or false")
+        if self.marker is not None and not self.marker.strip():
+            _refuse("marker", self.marker, "give a text such as [...], or none")
         object.__setattr__(self, "budget", tuple(self.budget))
         if self.name == "decoder":
             split_template(self.template)
@@ -170,16 +175,23 @@ def kept_lengths(lengths: np.ndarray, layout: Layout) -> np.ndarray:
         kept += given
 
 
-def cut(ids: np.ndarray, kept: int, truncation: str) -> np.ndarray:
-    """The part of a segment that is kept: a view where it is one piece."""
+NO_MARKER = np.zeros(0, np.int32)
+
+
+def cut(ids: np.ndarray, kept: int, truncation: str, marker: np.ndarray = NO_MARKER) -> np.ndarray:
+    """What a model sees of a segment: ``kept`` ids, those of a marker included where it is cut.
+
+    A view where it is one piece of the segment.
+    """
     if kept >= len(ids):
         return ids
-    if truncation == "head":
-        return ids[:kept]
-    if truncation == "tail":
-        return ids[len(ids) - kept :]
-    first = (kept + 1) // 2
-    return np.concatenate([ids[:first], ids[len(ids) - (kept - first) :]])
+    if len(marker) >= kept:
+        marker = NO_MARKER
+    kept -= len(marker)
+    first = {"head": kept, "tail": 0, "head_tail": (kept + 1) // 2}[truncation]
+    pieces = [ids[:first], marker, ids[len(ids) - (kept - first) :]]
+    filled = [piece for piece in pieces if len(piece)]
+    return filled[0] if len(filled) == 1 else np.concatenate([ids[:0], *filled])
 
 
 def split_template(template: str | None) -> list[str]:
@@ -215,10 +227,16 @@ class Form:
     Attributes:
       layout: the layout, with the number of tokens that are not the user's.
       fixed: the ids around the segments, int32, one array more than there are segments.
+      marker: the ids that stand where a segment was cut, int32; empty where nothing does.
     """
 
     def __init__(self, layout: Layout, tokenizer: "Tokenizer") -> None:
-        """Raises: InputError: the template leaves no room."""
+        """Raises: InputError: the template leaves no room, the tokenizer none of the marker."""
+        self.marker = NO_MARKER
+        if layout.marker is not None:
+            (self.marker,) = tokenizer.encode([layout.marker])
+            if not len(self.marker):
+                _refuse("marker", layout.marker, "this tokenizer has no token for it: give another")
         if layout.name == "decoder":
             # Each piece by itself, so that no text of a user can merge with it.
             pieces = tokenizer.encode(split_template(layout.template))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,9 @@ from pref_jax.memory import shortage_explained
 from pref_jax.training.progress import Progress
 
 
-def score(run: Run, comparisons: Comparisons, *, swap_average: bool = False) -> np.ndarray:
+def score(
+    run: Run, comparisons: Comparisons, *, swap_average: bool = False, swap_share: float = 1.0
+) -> np.ndarray:
     """Probabilities ``[n, 3]`` of a file's rows.
 
     Args:
@@ -37,30 +40,59 @@ def score(run: Run, comparisons: Comparisons, *, swap_average: bool = False) -> 
       comparisons: the file.
       swap_average: mean over both orders of the responses, the exchanged one turned back; a
         symmetric model says the same of both, and is asked once.
+      swap_share: of the rows, the share whose other order is read: those that `closest_rows` picks.
     """
     if run.experiment.config.model.symmetric:
         swap_average = False
-    orders = 2 if swap_average else 1
-    logits = _score_samples(run, run.experiment.make_samples(comparisons, orders=orders))
-    parts = [
-        to_probabilities(part, temperature=run.temperature) for part in np.split(logits, orders)
-    ]
-    return (parts[0] + parts[1][:, [1, 0, 2]]) / 2.0 if swap_average else parts[0]
+    count = len(comparisons)
+    if not swap_average or swap_share <= 0:
+        return _probabilities(run, run.experiment.make_samples(comparisons), np.arange(count))
+    samples = run.experiment.make_samples(comparisons, orders=2)
+    if swap_share >= 1:
+        first, second = np.split(_probabilities(run, samples, np.arange(2 * count)), 2)
+        return (first + second[:, [1, 0, 2]]) / 2.0
+    probabilities = _probabilities(run, samples, np.arange(count))
+    rows = closest_rows(probabilities, swap_share)
+    exchanged = _probabilities(run, samples, count + rows)
+    probabilities[rows] = (probabilities[rows] + exchanged[:, [1, 0, 2]]) / 2.0
+    return probabilities
+
+
+def closest_rows(probabilities: np.ndarray, share: float) -> np.ndarray:
+    """Numbers of the rows in which A and B are closest, at least one, in the file's order.
+
+    How much the order moves a row's probabilities grows with P(A) P(B), which is what they are
+    ranked by: a clear row stays clear whichever answer stands first.
+
+    Args:
+      probabilities: ``[n, 3]`` from one order.
+      share: of the rows, above 0; rounded up.
+    """
+    count = min(len(probabilities), math.ceil(share * len(probabilities)))
+    ranked = np.argsort(-probabilities[:, 0] * probabilities[:, 1], kind="stable")
+    return np.sort(ranked[:count])
+
+
+def _probabilities(run: Run, samples: Samples, numbers: np.ndarray) -> np.ndarray:
+    logits = _score_samples(run, samples, numbers)
+    return to_probabilities(logits, temperature=run.temperature)
 
 
 def score_responses(run: Run, comparisons: Comparisons) -> np.ndarray:
     """A multi-task run's probabilities ``[2 * rows, H, C]`` of each rating of each response."""
     properties = run.experiment.properties
     assert properties is not None
-    logits = _score_samples(run, run.experiment.make_samples(comparisons))
+    samples = run.experiment.make_samples(comparisons)
+    logits = _score_samples(run, samples, np.arange(len(samples.labels)))
     return to_rating_probabilities(logits, len(properties.ratings))
 
 
-def _score_samples(run: Run, samples: Samples) -> np.ndarray:
-    count = len(samples.labels)
+def _score_samples(run: Run, samples: Samples, numbers: np.ndarray) -> np.ndarray:
     with (
         shortage_explained(run.experiment, "predict"),
-        Progress(count, unit="row", description="score", shown=hosts.is_leader()) as progress,
+        Progress(
+            len(numbers), unit="row", description="score", shown=hosts.is_leader()
+        ) as progress,
     ):
         done = 0
 
@@ -69,9 +101,7 @@ def _score_samples(run: Run, samples: Samples) -> np.ndarray:
             done += more
             progress.update(done, rows=more)
 
-        return run.experiment.make_predictor().logits(
-            run.params, samples, np.arange(count), report=report
-        )
+        return run.experiment.make_predictor().logits(run.params, samples, numbers, report=report)
 
 
 def predict(
@@ -80,6 +110,7 @@ def predict(
     output: str,
     *,
     swap_average: bool,
+    swap_share: float = 1.0,
     base: str | None = None,
     microbatch_size: int | None = None,
 ) -> None:
@@ -94,10 +125,11 @@ def predict(
     Raises:
       InputError: anything about workdir, data or output; nothing is written then.
     """
+    _check_share(swap_average, swap_share)
     hosts.on_leader("output", lambda: _check_output(output, data, workdir))
     compilation.keep_compiled_programs()
     comparisons = read_comparisons(data, labelled=False)
-    _agree_on_data(data, comparisons, swap_average)
+    _agree_on_data(data, comparisons, swap_average, swap_share)
     run = load_run(workdir, base=base, microbatch_size=microbatch_size)
     if run.experiment.properties is not None:
         _refuse_swap(swap_average)
@@ -106,7 +138,7 @@ def predict(
             write_ratings(Path(output), run, comparisons, ratings)
             print(f"{len(ratings)} responses: {output}")
         return
-    probabilities = score(run, comparisons, swap_average=swap_average)
+    probabilities = score(run, comparisons, swap_average=swap_average, swap_share=swap_share)
     if not hosts.is_leader():
         return
     write_submission(Path(output), comparisons.ids, probabilities)
@@ -119,6 +151,7 @@ def evaluate(
     *,
     output: str | None,
     swap_average: bool,
+    swap_share: float = 1.0,
     base: str | None = None,
     annotations: str | None = None,
     microbatch_size: int | None = None,
@@ -126,16 +159,17 @@ def evaluate(
     """Prints a table of the run's results on labelled ``data``; writes JSON where asked.
 
     Args:
-      workdir, data, output, swap_average, base, microbatch_size: as in `predict`.
+      workdir, data, output, swap_average, swap_share, base, microbatch_size: as in `predict`.
       annotations: the labels of a multi-task run, ratings of the responses in ``data``.
 
     Raises:
       InputError: anything about workdir, data or output; nothing is written then.
     """
+    _check_share(swap_average, swap_share)
     hosts.on_leader("output", lambda: _check_output(output, data, workdir))
     compilation.keep_compiled_programs()
     comparisons = read_comparisons(data, labelled=None if annotations else True)
-    _agree_on_data(data, comparisons, swap_average)
+    _agree_on_data(data, comparisons, swap_average, swap_share)
     run = load_run(workdir, base=base, microbatch_size=microbatch_size)
     if (run.experiment.properties is not None) != (annotations is not None):
         raise InputError(
@@ -147,7 +181,9 @@ def evaluate(
         _refuse_swap(swap_average)
         return _evaluate_ratings(run, comparisons, annotations, output)
     # The digits that `predict` writes, ties not yet taken away: what is scored is that file.
-    probabilities = round_probabilities(score(run, comparisons, swap_average=swap_average))
+    probabilities = round_probabilities(
+        score(run, comparisons, swap_average=swap_average, swap_share=swap_share)
+    )
     baselines = Baselines.load(run.workdir / "baselines.json")
     result = Predictions.collect(comparisons, probabilities).evaluate(baselines)
     _show(result, print_evaluation, output)
@@ -225,16 +261,30 @@ def _refuse_swap(swap_average: bool) -> None:
         )
 
 
+def _check_share(swap_average: bool, swap_share: float) -> None:
+    if not 0 < swap_share <= 1:
+        raise InputError(
+            "--swap_share", f"{swap_share:g} is out of range", "it must be above 0 and at most 1"
+        )
+    if swap_share < 1 and not swap_average:
+        raise InputError(
+            "--swap_share", "it is of --swap_average, which is not there", "add --swap_average"
+        )
+
+
 def _check_output(output: str | None, data: str, workdir: str) -> None:
     if output is not None:
         check_output_file(output, inputs=(data,), outside=workdir)
         refuse_paid_ratings(Path(output))
 
 
-def _agree_on_data(data: str, comparisons: Comparisons, swap_average: bool) -> None:
+def _agree_on_data(
+    data: str, comparisons: Comparisons, swap_average: bool, swap_share: float
+) -> None:
+    flags = {"--swap_average": swap_average, "--swap_share": swap_share}
     hosts.agree(
         data,
-        {"content": comparisons.digest, "--swap_average": swap_average},
+        {"content": comparisons.digest, **flags},
         "give every host the same file and flags",
     )
 

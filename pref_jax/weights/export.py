@@ -252,6 +252,7 @@ def describe(
             "template": layout.template,
             "reuse_unused": bool(layout.reuse_unused),
             "truncation": layout.truncation,
+            "marker": layout.marker,
             "both_orders": head == "orders",
         },
         "labels": list(LABELS),

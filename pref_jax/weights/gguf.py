@@ -41,6 +41,7 @@ _OF_LAYER = {
 }
 _ROPE = "rope_freqs.weight"
 _MOST = 1e9  # of any number in an architecture
+_WIDEST_HEAD = 1024  # channels
 _CONTROL = 3  # llama.cpp's token type of special tokens
 
 # How text is cut into words before pairs are merged, by the name that llama.cpp gives it. These
@@ -140,6 +141,8 @@ def read_gguf_config(path: Path) -> "LlamaConfig":
         raise InputError(str(path), f"it has {heads} heads in a width of {width}", _FETCH)
     positions = int(number("context_length"))
     head_dim = int(number("rope.dimension_count", width // heads))
+    if head_dim % 2 or not 2 <= head_dim <= _WIDEST_HEAD:
+        raise InputError(str(path), f"its heads have {head_dim} channels", _FETCH)
     kind = str(_field(path, reader, "llama.rope.scaling.type", "none"))
     rope = RopeConfig(theta=float(number("rope.freq_base", 10_000.0)))
     if kind == "linear":
@@ -153,6 +156,9 @@ def read_gguf_config(path: Path) -> "LlamaConfig":
         stretched = RopeConfig(rope.theta, "llama3", 8.0, 8192)
         factors = np.asarray(tensors[_ROPE].data, np.float32)
         plain = inverse_frequencies(rope, head_dim)
+        if factors.shape != plain.shape or not factors.all():
+            what = f"tensor {_ROPE} does not hold {len(plain)} factors"
+            raise InputError(str(path), what, _FETCH)
         if not np.allclose(plain / factors, inverse_frequencies(stretched, head_dim), rtol=1e-4):
             raise InputError(
                 str(path),
@@ -218,8 +224,25 @@ def open_gguf(path: Path) -> Iterator[dict[str, Tensor]]:
         if permuted and (len(shape) != 2 or not shape[0] or shape[0] % (2 * permuted)):
             what = f"tensor {tensor.name} of shape {shape} does not hold {permuted} heads"
             raise InputError(str(path), what, _FETCH)
+        _refuse_unknown_type(path, tensor)
         found[key] = Tensor(tensor.name, path, shape, "F32", _Slices(tensor, permuted))
     yield found
+
+
+def _refuse_unknown_type(path: Path, tensor: Any) -> None:
+    import gguf
+    import numpy as np
+
+    row = np.atleast_2d(tensor.data)[:1]
+    try:
+        if row.size:
+            gguf.dequantize(row, tensor.tensor_type)
+    except NotImplementedError:
+        raise InputError(
+            str(path),
+            f"tensor {tensor.name} is of the type {tensor.tensor_type.name}, which cannot be read",
+            "use a file of another quantisation, or the model's safetensors",
+        ) from None
 
 
 def _key_of_layer(path: Path, name: str) -> str:

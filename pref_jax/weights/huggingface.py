@@ -69,6 +69,7 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_new",
     "relu": "relu",
 }
+_POSITIONS: names.Path = ("embeddings", "position", "embedding")
 # Types of weights that can be loaded, and what they are read as.
 FLOATS = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -219,8 +220,11 @@ def load_encoder(folder: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
     """
     family = read_model_type(folder)
     wanted = names.flatten(abstract)
+    # A longer table of positions than the file's repeats it; all else has the file's shape.
+    rows, width = wanted[_POSITIONS].shape
+    positions = (min(rows, read_encoder_config(folder).max_positions), width)
     with open_tensors(folder) as tensors:
-        found = _match(folder, tensors, wanted, family)
+        found = _match(folder, tensors, wanted, family, positions)
         loaded = {
             path: _load(found[path], leaf, names.entry_of(path, family).transposed)
             for path, leaf in wanted.items()
@@ -228,11 +232,23 @@ def load_encoder(folder: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
     return names.unflatten(loaded)
 
 
+def repeat_rows(table: "np.ndarray", rows: int) -> "np.ndarray":
+    """A table ``[n, D]`` as ``[rows, D]``, from its first row again behind its last.
+
+    Text further back than pretraining ever saw keeps the neighbourhoods that it saw (Beltagy et
+    al. 2020, section 5, copy BERT's 512 positions so).
+    """
+    import numpy as np
+
+    return table[np.arange(rows) % len(table)]
+
+
 def _match(
     folder: Path,
     tensors: Mapping[str, Tensor],
     wanted: Mapping[names.Path, "jax.ShapeDtypeStruct"],
     family: str,
+    positions: tuple[int, int],
 ) -> dict[names.Path, Tensor]:
     """The tensor of every path, with nothing left over on either side."""
     table = names.path_table(wanted, family)
@@ -255,7 +271,7 @@ def _match(
                 "remove one of them",
             )
         transposed = names.entry_of(path, family).transposed
-        shape = tuple(wanted[path].shape)
+        shape = positions if path == _POSITIONS else tuple(wanted[path].shape)
         if tensor.shape != (shape[::-1] if transposed else shape):
             raise InputError(
                 str(tensor.file),
@@ -287,9 +303,11 @@ def _load(tensor: Tensor, leaf: "jax.ShapeDtypeStruct", transposed: bool) -> "ja
     import jax
 
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.make_array_from_callback(
-        leaf.shape, sharding, make_reader(tensor, leaf.dtype, transposed)
-    )
+    read = make_reader(tensor, leaf.dtype, transposed)
+    if transposed or tensor.shape == tuple(leaf.shape):
+        return jax.make_array_from_callback(leaf.shape, sharding, read)
+    longer = repeat_rows(read(None), leaf.shape[0])
+    return jax.make_array_from_callback(leaf.shape, sharding, longer.__getitem__)
 
 
 def make_reader(

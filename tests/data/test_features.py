@@ -24,6 +24,7 @@ LAYOUTS = [
     Layout("single", 60, (0.1, 0.45, 0.45), truncation="head"),
     Layout("single", 60, (0.1, 0.45, 0.45), True, "head_tail"),
     Layout("parallel", 40, (0.2, 0.8), truncation="tail"),
+    Layout("parallel", 40, (0.2, 0.8), truncation="head_tail", marker="[...]"),
     Layout("response", 40, (0.2, 0.8)),
 ]
 
@@ -56,7 +57,7 @@ def data(tmp_path):
 
 
 @pytest.mark.parametrize("part_rows", [512, features._PART_ROWS])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.name}-{layout.truncation}")
 def test_every_sequence_is_the_slow_obvious_one(data, layout, part_rows, monkeypatch):
     monkeypatch.setattr(features, "_PART_ROWS", part_rows)
     comparisons, tokenizer = data
@@ -74,7 +75,7 @@ def test_every_sequence_is_the_slow_obvious_one(data, layout, part_rows, monkeyp
             lengths = np.array([[len(segment) for segment in segments]])
             kept = kept_lengths(lengths, layout)[0]
             parts = [
-                cut(segment, int(count), layout.truncation)
+                cut(segment, int(count), layout.truncation, Form(layout, tokenizer).marker)
                 for segment, count in zip(segments, kept, strict=True)
             ]
             ids, type_start = Form(layout, tokenizer).join(parts)
@@ -117,10 +118,10 @@ def test_each_text_is_tokenised_once_for_all_layouts(data):
     comparisons, tokenizer = data
     counting = Counting(tokenizer)
     digests = {make_features(comparisons, counting, layout).digest for layout in LAYOUTS}
-    assert counting.texts == 3 * ROWS
+    assert counting.texts == 3 * ROWS + 1  # and the marker
     assert len(digests) == len(LAYOUTS)
     assert make_features(comparisons, counting, LAYOUTS[0]).digest in digests
-    assert counting.texts == 3 * ROWS
+    assert counting.texts == 3 * ROWS + 1  # and the marker
 
 
 def test_other_data_or_tokenizer_is_another_entry(data, tmp_path):

@@ -102,6 +102,34 @@ def test_cut_keeps_the_named_part(truncation, kept):
     assert cut(ids, kept, truncation).tolist() == expected
 
 
+@pytest.mark.parametrize("kept", [0, 1, 2, 3, 5, 6, 7, 9])
+def test_a_marker_stands_where_ids_are_missing_and_takes_their_room(kept):
+    ids, marker = np.arange(7, dtype=np.int32), np.array([90, 91], np.int32)
+    for truncation in TRUNCATIONS:
+        found = cut(ids, kept, truncation, marker).tolist()
+        assert len(found) == min(kept, 7)
+        if kept in (0, 1, 2) or kept >= 7:  # no room for it, or nothing is missing
+            assert found == cut(ids, kept, truncation).tolist()
+            continue
+        at = found.index(90)
+        assert found[at : at + 2] == [90, 91]
+        before, after = found[:at], found[at + 2 :]
+        assert before + after == cut(ids, kept - 2, truncation).tolist()
+        assert before == list(range(at)) and after == list(range(7 - len(after), 7))
+        assert {"head": not after, "tail": not before}.get(truncation, len(before) >= len(after))
+
+
+def test_a_marker_has_to_be_something():
+    for marker in ("", " ", "\n"):
+        with pytest.raises(InputError, match=r"input\.marker"):
+            Layout("single", 512, SINGLE, marker=marker)
+    tokenizer = types.SimpleNamespace(
+        cls_id=101, sep_id=102, encode=lambda texts: [np.zeros(0, np.int32) for _ in texts]
+    )
+    with pytest.raises(InputError, match="no token for it"):
+        Form(Layout("single", 512, SINGLE, marker="\u200b"), tokenizer)
+
+
 def test_join_puts_separators_and_types():
     tokenizer = types.SimpleNamespace(cls_id=101, sep_id=102)
     form = Form(Layout("single", 512, SINGLE), tokenizer)

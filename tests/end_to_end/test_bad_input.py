@@ -180,6 +180,8 @@ TABLE = [
     (f"{GOOD} --config.model.pretrained=bert --config.model.family=distilbert", "distilbert"),
     (f"{GOOD} --config.model.pretrained=bert --config.model.frozen_layers=5", "frozen_layers"),
     (f"{GOOD} --config.model.pretrained=bert --config.input.max_length=65", "max_length"),
+    (f"{GOOD} --config.model.pretrained=bert --config.model.extend_positions=63", "is less than"),
+    (f"{GOOD} --config.model.extend_positions=900", "no pretrained table to repeat"),
     # Places that cannot be written are found before the work.
     (f"predict --workdir=run --data=good.csv --output={NOWHERE}.csv", "cannot be written"),
     (f"export --workdir=run --output={NOWHERE}", "it cannot be written there"),

@@ -25,6 +25,7 @@ from rig import (
     wait_for,
     write_csv,
 )
+from safetensors.numpy import load_file
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -101,6 +102,65 @@ def decoder(base: Path, arena: Path) -> Path:
 
 def numbers(rows: list[list[str]]) -> np.ndarray:
     return np.array([[float(cell) for cell in row[1:]] for row in rows])
+
+
+def test_a_mean_of_adapters_is_the_mean_of_their_updates(
+    base: Path, decoder: Path, arena: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    outcome = call(
+        *("train", *DECODER, f"--config.model.pretrained={base}", f"--workdir={other}"),
+        *(f"--config.data.train={arena}/train.csv", "--config.train.max_steps=4"),
+        *("--config.seed=5", "--config.train.learning_rate=0.01"),
+    )
+    assert outcome.code == 0, outcome
+
+    def weights(run: Path) -> dict[str, np.ndarray]:
+        """The merged model: every projection with its update added."""
+        folder = tmp_path / f"merged-{run.name}"
+        outcome = call("export", f"--workdir={run}", f"--output={folder}", "--merge")
+        assert outcome.code == 0, outcome
+        return {
+            name: array
+            for path in folder.glob("*.safetensors")
+            for name, array in load_file(path).items()
+        }
+
+    mean = tmp_path / "mean"
+    outcome = call(
+        *("ensemble", decoder, other, "--mean_adapters", "--weights=1,3", f"--output={mean}")
+    )
+    assert outcome.code == 0, outcome
+    first, second, both = weights(decoder), weights(other), weights(mean)
+    assert set(first) == set(second) == set(both)
+    moved = [name for name in first if np.abs(first[name] - second[name]).max() > 1e-5]
+    assert any("q_proj" in name for name in moved) and any("score" in name for name in moved)
+    for name in first:
+        expected = 0.25 * first[name].astype(np.float64) + 0.75 * second[name]
+        np.testing.assert_allclose(both[name], expected, atol=2e-6, err_msg=name)
+
+    rows = write_csv(tmp_path / "rows.csv", make_rows())
+    answers = [numbers(predict(run, rows)) for run in (decoder, other, mean)]
+    assert np.abs(answers[2] - answers[0]).max() > 1e-4
+    assert np.abs(answers[2] - answers[1]).max() > 1e-4
+    again = call("ensemble", decoder, other, "--mean_adapters", f"--output={mean}")
+    assert again.code == 2 and "is not empty" in again.stderr
+
+
+def test_adapters_of_different_models_have_no_mean(
+    decoder: Path, run: Path, base: Path, arena: Path, tmp_path: Path
+) -> None:
+    wider = tmp_path / "wider"
+    outcome = call(
+        *("train", *DECODER, f"--config.model.pretrained={base}", f"--workdir={wider}"),
+        *(f"--config.data.train={arena}/train.csv", "--config.train.max_steps=1"),
+        "--config.model.lora.rank=3",
+    )
+    assert outcome.code == 0, outcome
+    for other, words in ((run, "without adapters"), (wider, "model.lora is not that of")):
+        outcome = call("ensemble", decoder, other, "--mean_adapters", f"--output={tmp_path}/new")
+        assert outcome.code == 2 and words in outcome.stderr, outcome
+        assert not (tmp_path / "new").exists()
 
 
 def test_checkpoints_hold_what_was_trained(decoder: Path) -> None:

@@ -97,18 +97,34 @@ def distilbert(arena: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "exported"
 
 
-@pytest.mark.parametrize("case", ["bert, parallel", "distilbert, single"])
+@pytest.fixture(scope="module")
+def long(arena: Path, run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run's encoder, trained further on sequences longer than its table of positions."""
+    folder = tmp_path_factory.mktemp("long")
+    flags = (
+        *(f"--config.model.init_from={run}", f"--config.data.train={arena}/train.csv"),
+        *("--config.model.extend_positions=700", "--config.input.max_length=640"),
+        *("--config.train.max_steps=1", "--config.train.microbatch_size=1"),
+    )
+    outcome = call("train", *TINY, f"--workdir={folder}/run", *flags)
+    assert outcome.code == 0, outcome
+    outcome = call("export", f"--workdir={folder}/run", f"--output={folder}/exported")
+    assert outcome.code == 0, outcome
+    return folder / "exported"
+
+
+@pytest.mark.parametrize("case", ["bert, parallel", "distilbert, single", "bert, parallel, long"])
 def test_plain_transformers_agree(
     request: pytest.FixtureRequest, real_rows: Path, case: str
 ) -> None:
     if case == "bert, parallel":
         run, folder = request.getfixturevalue("run"), request.getfixturevalue("exported")
     else:
-        folder = request.getfixturevalue("distilbert")
+        folder = request.getfixturevalue("long" if "long" in case else "distilbert")
         run = folder.parent / "run"
     form = json.loads((folder / "pref_jax.json").read_text())["input"]
     family = json.loads((folder / "config.json").read_text())["family"]
-    assert f"{family}, {form['layout']}" == case
+    assert case.startswith(f"{family}, {form['layout']}")
     outcome = subprocess.run(
         [sys.executable, "-I", "-c", PROGRAM, str(folder), str(real_rows)],
         capture_output=True,

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pref_jax import command
+from pref_jax.evaluation.commands import closest_rows
 from pref_jax.evaluation.submission import read_submission
 
 LABELS = ("winner_model_a", "winner_model_b", "winner_tie")
@@ -65,6 +66,49 @@ def test_the_log_loss_is_that_of_the_file(
     result = json.loads((world / "out.json").read_text())
     assert result["rows"] == 13
     assert result["log_loss"] == pytest.approx(by_hand, abs=1e-12)
+
+
+def test_a_share_of_the_rows_is_read_in_both_orders(world: Path, repository: Path) -> None:
+    def ask(*flags: str) -> np.ndarray:
+        line = [f"--workdir={world}/run", f"--data={world}/rows.csv", f"--output={world}/out.csv"]
+        done = command.call(repository / "launch" / "predict.py", [*line, *flags])
+        assert done.code == 0, done
+        return read_submission(world / "out.csv")[1]
+
+    once, twice = ask(), ask("--swap_average")
+    some = ask("--swap_average", "--swap_share=0.3")
+    moved = np.flatnonzero(np.abs(twice - once).max(axis=1) > 1e-6)
+    assert len(moved) == 13  # or the test would see nothing
+    likeliest = sorted(range(13), key=lambda row: -once[row, 0] * once[row, 1])
+    asked = sorted(likeliest[:4])  # 3.9 rounded up
+    np.testing.assert_allclose(some[asked], twice[asked], atol=2e-7)
+    rest = sorted(likeliest[4:])
+    np.testing.assert_array_equal(some[rest], once[rest])
+
+
+def test_close_rows_are_those_where_the_answers_are_equally_likely() -> None:
+    probabilities = np.array([[0.9, 0.05, 0.05], [0.4, 0.4, 0.2], [0.1, 0.1, 0.8], [0.5, 0.3, 0.2]])
+    assert closest_rows(probabilities, 0.01).tolist() == [1]
+    assert closest_rows(probabilities, 0.5).tolist() == [1, 3]
+    assert closest_rows(probabilities, 1.0).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--swap_average", "--swap_share=0"), "above 0"),
+        (("--swap_average", "--swap_share=nan"), "out of range"),
+        (("--swap_share=0.5",), "add --swap_average"),
+    ],
+)
+@pytest.mark.parametrize("name", ["predict", "evaluate"])
+def test_a_share_that_means_nothing_is_refused(
+    world: Path, repository: Path, name: str, flags: tuple[str, ...], words: str
+) -> None:
+    line = [f"--workdir={world}/run", f"--data={world}/rows.csv", f"--output={world}/no.csv"]
+    done = command.call(repository / "launch" / f"{name}.py", [*line, *flags])
+    assert done.code == 2 and "--swap_share: " in done.stderr and words in done.stderr, done
+    assert not (world / "no.csv").exists()
 
 
 @pytest.mark.parametrize("name", ["predict", "evaluate"])

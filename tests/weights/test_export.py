@@ -294,6 +294,7 @@ def test_description_is_complete_and_holds_no_path(
         "template": None,
         "reuse_unused": True,
         "truncation": "head",
+        "marker": None,
         "both_orders": False,
     }
     assert described["labels"] == ["winner_model_a", "winner_model_b", "winner_tie"]

@@ -139,6 +139,26 @@ def test_parts_land_on_eight_devices(make_folder: MakeFolder) -> None:
     assert {shard.data.shape for shard in kernel.addressable_shards} == {(8, 1)}
 
 
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_a_longer_table_of_positions_repeats_the_files(
+    make_folder: MakeFolder, family: str
+) -> None:
+    folder = make_folder(family)
+    rows = read_encoder_config(folder).max_positions
+    longer = abstract_encoder(folder, devices=8, max_positions=2 * rows + 3)
+    loaded = names.flatten(load_encoder(folder, longer))
+    place = ("embeddings", "position", "embedding")
+    expected = torch_tree(folder)
+    table = expected.pop(place)
+    np.testing.assert_array_equal(
+        np.asarray(loaded.pop(place)), np.concatenate([table, table, table[:3]])
+    )
+    for path, value in expected.items():
+        np.testing.assert_array_equal(np.asarray(loaded[path]), value)
+    with pytest.raises(InputError, match="position"):
+        load_encoder(folder, abstract_encoder(folder, max_positions=rows - 1))
+
+
 def test_real_weights_equal_torchs(minilm_folder: Path) -> None:
     pytest.importorskip("transformers")
     assert_loaded(minilm_folder, minilm_folder)
