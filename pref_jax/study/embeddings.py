@@ -17,7 +17,8 @@ from pref_jax.models.classifiers import mean_tokens
 
 _TEXTS = ("prompt", "response_a", "response_b")
 _TOKENS = 4096  # of a forward pass
-_INVERSE_PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+_INVERSE_PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0)
+_NUMBERS = 10  # lengths and cosines, behind the vectors
 
 
 def embed(config: ConfigDict, comparisons: Comparisons) -> np.ndarray:
@@ -88,6 +89,7 @@ def fit_and_predict(
       features: of the training rows. labels: 0, 1, 2. groups: of their prompts.
       others: features of the rows to answer.
     """
+    from sklearn.compose import make_column_transformer
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV, GroupKFold
     from sklearn.pipeline import make_pipeline
@@ -101,8 +103,12 @@ def fit_and_predict(
     def measure(model: Any, rows: np.ndarray, truth: np.ndarray) -> float:
         return -float(measure_row_losses(answer(model, rows), truth).mean())
 
+    # Parts of unit vectors stay small: the penalty falls on them, not on the ten numbers.
+    scaled = make_column_transformer(
+        (StandardScaler(), slice(-_NUMBERS, None)), remainder="passthrough"
+    )
     search = GridSearchCV(
-        make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)),
+        make_pipeline(scaled, LogisticRegression(max_iter=2000)),
         {"logisticregression__C": _INVERSE_PENALTIES},
         scoring=measure,
         cv=GroupKFold(3),
