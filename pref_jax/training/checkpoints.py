@@ -223,7 +223,7 @@ class Checkpoints:
         """The committed checkpoints, in order."""
         if not self.directory.is_dir():
             return []
-        names = (entry.name for entry in os.scandir(self.directory) if entry.is_dir())
+        names = (entry.name for entry in os.scandir(self.directory) if _is_folder(entry))
         return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
 
     def infos(self) -> dict[int, dict[str, Any]]:
@@ -483,6 +483,13 @@ class Checkpoints:
         logger.warning("checkpoint %d is skipped: %s; moved to %s", step, reason, aside)
         try:
             aside.parent.mkdir(exist_ok=True)
+        except OSError as error:
+            raise RunError(
+                str(aside.parent),
+                f"can be no folder for damaged checkpoints ({error.strerror})",
+                "remove it, then run the same command again",
+            ) from error
+        try:
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(self.directory / str(step), aside)
         except OSError as error:
@@ -548,6 +555,13 @@ class _Best:
         present = {one.step: self.infos.get(one.step, {}) for one in checkpoints}
         best = _find_best(present, self.metric)
         return [one.step == best for one in checkpoints]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads nowhere but to itself: damaged, and in the way
+        return True
 
 
 def _find_best(infos: Mapping[int, Mapping[str, Any]], metric: str) -> int | None:

@@ -5,6 +5,7 @@ to float32 one at a time.
 """
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from pref_jax import cache
 from pref_jax.errors import InputError
 from pref_jax.files import write_json
 from pref_jax.weights.files import Tensor
-from pref_jax.weights.gguf_header import HeaderError, check_header
+from pref_jax.weights.gguf_header import Header, HeaderError, TensorInfo, read_header
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from pref_jax.models.llama import LlamaConfig
 
 _FETCH = "fetch the file again"
+_OTHER = "use a file of another quantisation, or the model's safetensors"
 _WHOLE = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -69,45 +71,41 @@ _PRETOKENIZERS: dict[str, list[dict[str, Any]]] = {
 _WHOLE_WORDS = ("llama-bpe",)  # take a word that is in the vocabulary before merging pairs
 
 
-def _read(path: Path) -> Any:
-    """A `gguf.GGUFReader` of a whole file.
+def _read(path: Path) -> tuple[Header, list["_Stored"]]:
+    """The fields and tensors of a whole file.
 
     Raises:
-      InputError: it is no GGUF file, or cut.
+      InputError: it is no GGUF file, or cut, or a tensor is of a type that cannot be read.
     """
-    import gguf
-
     try:
-        check_header(path)
-        reader = gguf.GGUFReader(path)
-        end = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)
+        header = read_header(path)
     except OSError as error:
         raise InputError(str(path), f"it cannot be read ({error.strerror})", "check it") from None
     except HeaderError as error:
         raise InputError(str(path), f"no whole GGUF file: {error}", _FETCH) from None
-    except Exception as error:  # whatever the library meets in damaged bytes
-        raise InputError(str(path), "no whole GGUF file: it is cut or damaged", _FETCH) from error
-    if not reader.tensors or end > path.stat().st_size:
-        raise InputError(str(path), "no whole GGUF file: it ends before its last tensor", _FETCH)
-    return reader
+    if not header.tensors:
+        raise InputError(str(path), "no whole GGUF file: it holds no tensor", _FETCH)
+    return header, [_Stored(path, info) for info in header.tensors]
 
 
-def _field(path: Path, reader: Any, name: str, default: Any = None) -> Any:
-    field = reader.fields.get(name)
-    if field is None:
-        if default is None:
-            raise InputError(str(path), f"its field {name} is missing", _FETCH)
-        return default
+def _field(path: Path, header: Header, name: str, default: Any = None) -> Any:
+    value = header.fields.get(name, default)
+    if value is None:
+        what = "cannot be read" if name in header.fields else "is missing"
+        raise InputError(str(path), f"its field {name} {what}", _FETCH)
     try:
-        return field.contents()
-    except (UnicodeDecodeError, IndexError) as error:  # no UTF-8, or nothing in it
-        raise InputError(str(path), f"its field {name} cannot be read", _FETCH) from error
+        if isinstance(value, list):
+            return [part.decode() if isinstance(part, bytes) else part for part in value]
+        return value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError as error:
+        raise InputError(str(path), f"its field {name} is no UTF-8", _FETCH) from error
 
 
 def _list(
-    path: Path, reader: Any, name: str, kind: type, default: list[Any] | None = None
+    path: Path, header: Header, name: str, kind: type, default: list[Any] | None = None
 ) -> list[Any]:
-    value = _field(path, reader, name, default)
+    value = _field(path, header, name, default)
+    value = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(value, list) or not all(isinstance(part, kind) for part in value):
         raise InputError(str(path), f"its field {name} is no list of {kind.__name__}", _FETCH)
     return value
@@ -125,15 +123,16 @@ def read_gguf_config(path: Path) -> "LlamaConfig":
     from pref_jax.models.llama import LlamaConfig
     from pref_jax.models.rope import RopeConfig, inverse_frequencies
 
-    reader = _read(path)
-    family = _field(path, reader, "general.architecture")
+    header, stored = _read(path)
+    family = _field(path, header, "general.architecture")
     if family != "llama":
         raise InputError(str(path), f"its architecture is {family!r}", "llama can be loaded")
 
     def number(name: str, default: float | None = None) -> Any:
-        value = _field(path, reader, f"llama.{name}", default)
+        value = _field(path, header, f"llama.{name}", default)
         if not isinstance(value, int | float) or not 0 < value < _MOST:
-            raise InputError(str(path), f"its field llama.{name} is {value!r}", _FETCH)
+            shown = value if isinstance(value, int | float | str) else "a list"
+            raise InputError(str(path), f"its field llama.{name} is {shown!r}", _FETCH)
         return value
 
     width, heads = (int(number(name)) for name in ("embedding_length", "attention.head_count"))
@@ -143,7 +142,7 @@ def read_gguf_config(path: Path) -> "LlamaConfig":
     head_dim = int(number("rope.dimension_count", width // heads))
     if head_dim % 2 or not 2 <= head_dim <= _WIDEST_HEAD:
         raise InputError(str(path), f"its heads have {head_dim} channels", _FETCH)
-    kind = str(_field(path, reader, "llama.rope.scaling.type", "none"))
+    kind = str(_field(path, header, "llama.rope.scaling.type", "none"))
     rope = RopeConfig(theta=float(number("rope.freq_base", 10_000.0)))
     if kind == "linear":
         rope = RopeConfig(rope.theta, "linear", float(number("rope.scaling.factor")), positions)
@@ -151,10 +150,10 @@ def read_gguf_config(path: Path) -> "LlamaConfig":
         raise InputError(
             str(path), f"its rope scaling is {kind!r}", "use the model's safetensors instead"
         )
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    tensors = {tensor.name: tensor for tensor in stored}
     if _ROPE in tensors:
         stretched = RopeConfig(rope.theta, "llama3", 8.0, 8192)
-        factors = np.asarray(tensors[_ROPE].data, np.float32)
+        factors = tensors[_ROPE].read()
         plain = inverse_frequencies(rope, head_dim)
         if factors.shape != plain.shape or not factors.all():
             what = f"tensor {_ROPE} does not hold {len(plain)} factors"
@@ -171,7 +170,7 @@ def read_gguf_config(path: Path) -> "LlamaConfig":
         raise InputError(str(path), "tensor token_embd.weight is missing or no matrix", _FETCH)
     return LlamaConfig(
         family="llama",
-        vocab_size=int(words.shape[1]),
+        vocab_size=words.shape[0],
         hidden_size=width,
         num_layers=int(number("block_count")),
         num_heads=heads,
@@ -184,18 +183,70 @@ def read_gguf_config(path: Path) -> "LlamaConfig":
     )
 
 
+class _Stored:
+    """One tensor of a file.
+
+    Attributes:
+      name, shape: as in its header.
+    """
+
+    def __init__(self, path: Path, info: TensorInfo) -> None:
+        """Raises: InputError: it ends behind the file, or is of a type that cannot be read."""
+        import gguf
+
+        self.name, self.shape, self._path, self._start = info.name, info.shape, path, info.start
+        kinds = {int(kind): kind for kind in gguf.GGMLQuantizationType}
+        if info.kind not in kinds:
+            what = f"tensor {info.name} is of the type {info.kind}, which is not known here"
+            raise InputError(str(path), what, _OTHER)
+        self._type = kinds[info.kind]
+        block, size = gguf.GGML_QUANT_SIZES[self._type]
+        if not info.shape or not math.prod(info.shape):
+            raise InputError(str(path), f"tensor {info.name} holds nothing", _FETCH)
+        width = info.shape[-1]
+        if width % block:
+            what = f"tensor {info.name} has rows of {width} elements, not of whole {block}s"
+            raise InputError(str(path), what, _FETCH)
+        self._stored_shape = (*info.shape[:-1], width // block * size)
+        if info.start + math.prod(self._stored_shape) > path.stat().st_size:
+            what = f"no whole GGUF file: it ends inside tensor {info.name}"
+            raise InputError(str(path), what, _FETCH)
+        try:
+            self._dequantize(self._bytes().reshape(-1, self._stored_shape[-1])[:1])
+        except NotImplementedError:
+            raise InputError(
+                str(path),
+                f"tensor {info.name} is of the type {self._type.name}, which cannot be read",
+                _OTHER,
+            ) from None
+
+    def _bytes(self) -> "np.ndarray":
+        import numpy as np
+
+        return np.memmap(self._path, np.uint8, "r", self._start, self._stored_shape)
+
+    def _dequantize(self, rows: "np.ndarray") -> "np.ndarray":
+        import gguf
+
+        return gguf.dequantize(rows, self._type)
+
+    def read(self) -> "np.ndarray":
+        """Its values, float32 of its shape."""
+        import numpy as np
+
+        return np.asarray(self._dequantize(self._bytes()), np.float32).reshape(self.shape)
+
+
 class _Slices:
     """Parts of one tensor, dequantised as a whole for the moment of reading."""
 
-    def __init__(self, tensor: Any, heads: int | None) -> None:
+    def __init__(self, tensor: _Stored, heads: int | None) -> None:
         self._tensor, self._heads = tensor, heads
 
     def __getitem__(self, index: tuple[slice, ...]) -> "np.ndarray":
-        import gguf
         import numpy as np
 
-        values = gguf.dequantize(self._tensor.data, self._tensor.tensor_type)
-        values = np.asarray(values, np.float32).reshape(self._tensor.shape[::-1])
+        values = self._tensor.read()
         if self._heads is not None:
             # llama.cpp turns neighbouring channels, transformers channels half a head apart, so
             # the rows of queries and keys are stored in another order.
@@ -214,35 +265,18 @@ def open_gguf(path: Path) -> Iterator[dict[str, Tensor]]:
     """
     config = read_gguf_config(path)
     found: dict[str, Tensor] = {}
-    for tensor in _read(path).tensors:
+    for tensor in _read(path)[1]:
         if tensor.name == _ROPE:
             continue  # read with the configuration
         key = _WHOLE.get(tensor.name) or _key_of_layer(path, tensor.name)
         heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
         permuted = next((n for name, n in heads.items() if f".{name}." in key), None)
-        shape = tuple(int(size) for size in reversed(tensor.shape))
+        shape = tensor.shape
         if permuted and (len(shape) != 2 or not shape[0] or shape[0] % (2 * permuted)):
             what = f"tensor {tensor.name} of shape {shape} does not hold {permuted} heads"
             raise InputError(str(path), what, _FETCH)
-        _refuse_unknown_type(path, tensor)
         found[key] = Tensor(tensor.name, path, shape, "F32", _Slices(tensor, permuted))
     yield found
-
-
-def _refuse_unknown_type(path: Path, tensor: Any) -> None:
-    import gguf
-    import numpy as np
-
-    row = np.atleast_2d(tensor.data)[:1]
-    try:
-        if row.size:
-            gguf.dequantize(row, tensor.tensor_type)
-    except NotImplementedError:
-        raise InputError(
-            str(path),
-            f"tensor {tensor.name} is of the type {tensor.tensor_type.name}, which cannot be read",
-            "use a file of another quantisation, or the model's safetensors",
-        ) from None
 
 
 def _key_of_layer(path: Path, name: str) -> str:
@@ -260,15 +294,15 @@ def tokenizer_folder(path: Path) -> Path:
     Raises:
       InputError: it is no byte-pair tokenizer, or one whose way of cutting words is not known.
     """
-    reader = _read(path)
-    kind = _field(path, reader, "tokenizer.ggml.model")
+    header, _ = _read(path)
+    kind = _field(path, header, "tokenizer.ggml.model")
     if kind != "gpt2":
         raise InputError(
             str(path),
             f"its tokenizer is of the kind {kind!r}, not byte pairs",
             "use a Hugging Face folder of the model, with tokenizer.json",
         )
-    cutting = str(_field(path, reader, "tokenizer.ggml.pre", "?"))
+    cutting = str(_field(path, header, "tokenizer.ggml.pre", "?"))
     if cutting not in _PRETOKENIZERS:
         raise InputError(
             str(path),
@@ -279,9 +313,9 @@ def tokenizer_folder(path: Path) -> Path:
         )
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    tokens = _list(path, reader, "tokenizer.ggml.tokens", str)
-    types = _list(path, reader, "tokenizer.ggml.token_type", int, [1] * len(tokens))
-    merges = _list(path, reader, "tokenizer.ggml.merges", str)
+    tokens = _list(path, header, "tokenizer.ggml.tokens", str)
+    types = _list(path, header, "tokenizer.ggml.token_type", int, [1] * len(tokens))
+    merges = _list(path, header, "tokenizer.ggml.merges", str)
     if len(types) != len(tokens):
         raise InputError(
             str(path), f"it has {len(tokens)} tokens and types of {len(types)}", _FETCH
@@ -289,8 +323,8 @@ def tokenizer_folder(path: Path) -> Path:
 
     ends = {}
     for name in ("bos", "eos"):
-        if (field := f"tokenizer.ggml.{name}_token_id") in reader.fields:
-            number = _field(path, reader, field)
+        if (field := f"tokenizer.ggml.{name}_token_id") in header.fields:
+            number = _field(path, header, field)
             if not isinstance(number, int) or not 0 <= number < len(tokens):
                 raise InputError(str(path), f"its field {field} is {number!r}", _FETCH)
             ends[f"{name}_token"] = tokens[number]

@@ -216,6 +216,33 @@ def test_what_lacks_a_part_is_no_candidate_for_the_best_from_the_start(tmp_path)
     assert (store.steps(), store.best_step()) == ([1], 1)
 
 
+def test_a_link_to_itself_is_moved_away_and_its_step_written_again(tmp_path):
+    folder = tmp_path / "checkpoints"
+    write_run(folder, {1: 0.5, 2: 0.4})
+    shutil.rmtree(folder / "2")
+    (folder / "2").symlink_to("2")
+    with Checkpoints(folder, keep=2) as store:
+        step, state, _ = store.restore_latest(abstract(make_state(1)))
+        assert step == 1
+        assert_same(state, make_state(1))
+        assert store.save(2, make_state(2), {"valid_loss": 0.4})
+    with Checkpoints(folder, keep=2) as store:
+        assert store.restore_latest(abstract(make_state(2)))[0] == 2
+
+
+def test_a_file_where_damaged_checkpoints_go_is_named(tmp_path):
+    folder = tmp_path / "checkpoints"
+    write_run(folder, {1: 0.5, 2: 0.4})
+    flip_bit(files_of(folder / "2")[0])
+    (tmp_path / "damaged").write_text("mine")
+    with (
+        Checkpoints(folder, keep=2) as store,
+        pytest.raises(RunError, match="damaged: can be no folder"),
+    ):
+        store.restore_latest(abstract(make_state(1)))
+    assert (folder / "2").is_dir() and (tmp_path / "damaged").read_text() == "mine"
+
+
 def test_a_damaged_checkpoint_asked_for_by_number_is_refused(tmp_path):
     write_run(tmp_path / "checkpoints", {1: None})
     store = Checkpoints(tmp_path / "checkpoints", keep=2, read_only=True)
