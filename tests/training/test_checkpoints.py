@@ -233,7 +233,7 @@ def test_a_link_to_itself_is_moved_away_and_its_step_written_again(tmp_path):
 def test_a_file_where_damaged_checkpoints_go_is_named(tmp_path):
     folder = tmp_path / "checkpoints"
     write_run(folder, {1: 0.5, 2: 0.4})
-    flip_bit(files_of(folder / "2")[0])
+    flip_bit(max(files_of(folder / "2"), key=lambda path: path.stat().st_size))
     (tmp_path / "damaged").write_text("mine")
     with (
         Checkpoints(folder, keep=2) as store,
