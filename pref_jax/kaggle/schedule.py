@@ -2,8 +2,9 @@
 
 Parts are run in this order: each model over the rows as they are, the cheapest first; then each
 model over the rows with A and B exchanged, the cheapest first. So what falls out when time is short
-is the second order before a model, and a costlier model before a cheaper one. The first part is
-what every row gets; of it, unlike of the others, a beginning is used.
+is the second order before a model, and a costlier model before a cheaper one; what nearly fitted is
+tried once more in the end. The first part is what every row gets; of it, unlike of the others, a
+beginning is used.
 """
 
 import logging
@@ -18,9 +19,15 @@ import numpy as np
 
 logger = logging.getLogger(__name__)
 
-# Rows of the first chunk, by which the speed is guessed, and the seconds that later ones may take.
+# Rows of the first chunk, and the seconds that later ones may take.
 _FIRST_ROWS = 16
 _CHUNK_SECONDS = 30.0
+# A call costs much the same however few rows it holds, so chunks are doubled, as long as that takes
+# no more than this share of what is left, until doubling gains less than this in speed.
+_TRIAL_SHARE = 0.25
+_GAIN = 1.1
+# A dropped part is tried once more in the end if it seemed to need at most so many times the rest.
+_DOUBT = 2.0
 ORDERS = ("as given", "exchanged")
 
 
@@ -64,6 +71,7 @@ class Part:
       rows: scored so far.
       seconds: spent on it, loading and tokenising included.
       reason: why it was dropped or failed.
+      needs: seconds that it seemed to need when it was dropped for that; None: it was not.
       probabilities: [n, 3], NaN where there are none.
     """
 
@@ -74,6 +82,7 @@ class Part:
     seconds: float = 0.0
     rows_per_second: float | None = None
     reason: str = ""
+    needs: float | None = None
     probabilities: np.ndarray | None = field(default=None, repr=False)
 
     @property
@@ -158,12 +167,15 @@ class Schedule:
     def run(self) -> None:
         """Runs the parts; a model that fails is put aside and the others go on."""
         failed: set[str] = set()
-        for part in self.parts:
+        for part in [*self.parts, *self.parts]:
+            again = part.status != "waiting"
+            if again and not self._is_worth_another_try(part):
+                continue
             if part.model.name in failed:
                 self._drop(part, "its model failed")
                 continue
             try:
-                self._run(part)
+                self._run(part, again)
             except Exception as error:  # whatever it is, the other models' rows are worth having
                 logger.debug("%s", part.name, exc_info=True)
                 failed.add(part.model.name)
@@ -187,14 +199,22 @@ class Schedule:
                     self._drop(part, "the time was up")
             self._save(self)
 
-    def _run(self, part: Part) -> None:
-        started = self._clock()
-        estimate = self._estimate(part)
+    def _is_worth_another_try(self, part: Part) -> bool:
+        return (
+            part.status == "dropped"
+            and part.needs is not None
+            and part.needs <= _DOUBT * self.left()
+        )
+
+    def _run(self, part: Part, again: bool) -> None:
+        """Begins a part, or goes on with one that was dropped."""
+        started = self._clock() - part.seconds
+        estimate = None if again else self._estimate(part)
         if self.left() <= 0 or (estimate is not None and estimate > self.left()):
             needs = "" if estimate is None else f"it would take {_minutes(estimate)}, "
-            self._drop(part, f"{needs}{_minutes(self.left())} were left")
+            self._drop(part, f"{needs}{_minutes(self.left())} were left", needs=estimate)
             return
-        part.status = "running"
+        part.status, part.reason, part.needs = "running", "", None
         if self._main is None:
             self._main = part
         if self._open is not part.model:
@@ -203,9 +223,9 @@ class Schedule:
             part.model.open()
         lengths = np.asarray(part.model.prepare(part.order), float)
         with self.lock:
-            part.probabilities = np.full((self.num_rows, 3), np.nan)
-        setup = self._clock() - started
-        logger.info("%s: ready after %.0f s", part.name, setup)
+            if part.probabilities is None:
+                part.probabilities = np.full((self.num_rows, 3), np.nan)
+        logger.info("%s: ready after %.0f s", part.name, self._clock() - started)
         self._score_rows(part, lengths, started)
         part.seconds = self._clock() - started
         if part.status == "running":
@@ -213,28 +233,44 @@ class Schedule:
             self._save(self)
 
     def _score_rows(self, part: Part, lengths: np.ndarray, started: float) -> None:
-        """Chunk by chunk, each as long as the last ones' speed lets it take `_CHUNK_SECONDS`."""
-        begun = said = saved = self._clock()
-        total, size = lengths.sum(), _FIRST_ROWS
+        """Chunk by chunk, each as many rows as the last one's speed allows in `_CHUNK_SECONDS`."""
+        first, entered = part.rows, self._clock()
+        said = saved = entered
+        size, growing = _FIRST_ROWS, True
+        speeds = [0.0, 0.0]  # of the last two chunks, in tokens a second
         while part.rows < self.num_rows:
             if self.left() <= 0:
                 if part is not self._main:
                     self._drop(part, "the time was up")
                 return
+            begun = self._clock()
             rows = np.arange(part.rows, min(part.rows + size, self.num_rows))
             found = part.model.score(part.order, rows)
             if part.order == 1:
                 found = found[:, [1, 0, 2]]
+            spent = max(self._clock() - begun, 1e-9)
             with self.lock:
                 assert part.probabilities is not None
                 part.probabilities[rows] = found
                 part.rows = int(rows[-1]) + 1
                 part.seconds = self._clock() - started
-            spent = self._clock() - begun
-            part.rows_per_second = part.rows / max(spent, 1e-9)
-            done = max(lengths[: part.rows].sum(), 1.0)
-            needed = spent * (total - done) / done
-            size = self._next_size(part.rows_per_second)
+            part.rows_per_second = (part.rows - first) / max(self._clock() - entered, 1e-9)
+            speeds = [speeds[1], max(lengths[rows].sum(), 1.0) / spent]
+            growing = (
+                growing
+                and speeds[1] > _GAIN * speeds[0]
+                and 2 * spent <= _TRIAL_SHARE * self.left()
+            )
+            # The better of two: one chunk that something else has slowed drops nothing.
+            needed = lengths[part.rows :].sum() / max(speeds)
+            seconds = _CHUNK_SECONDS
+            if part is self._main:  # of which a beginning counts
+                seconds = min(seconds, max(self.left() / 10, 1.0))
+            elif growing:
+                seconds = min(seconds, _TRIAL_SHARE * self.left())
+            size = max(1, math.floor(len(rows) / spent * seconds))
+            if growing:
+                size = max(size, 2 * len(rows))
             if self._clock() - said >= _CHUNK_SECONDS or part.rows == self.num_rows:
                 said = self._clock()
                 logger.info(
@@ -250,17 +286,14 @@ class Schedule:
                 if self._clock() - saved >= 2 * _CHUNK_SECONDS:
                     saved = self._clock()
                     self._save(self)
-            elif needed > self.left():
+            elif needed > self.left() and not growing:
                 self._drop(
                     part,
                     f"at {part.rows_per_second:.1f} rows/s it would take {_minutes(needed)} more, "
                     f"{_minutes(self.left())} were left",
+                    needs=needed,
                 )
                 return
-
-    def _next_size(self, speed: float) -> int:
-        seconds = min(_CHUNK_SECONDS, max(self.left() / 10, 1.0))
-        return max(1, math.floor(speed * seconds))
 
     def _estimate(self, part: Part) -> float | None:
         """Seconds of a part whose model has scored the other order; None: not known."""
@@ -277,9 +310,9 @@ class Schedule:
                 part.reason = f"the time was up after {part.rows} of {self.num_rows} rows"
                 logger.warning("%s: %s", part.name, part.reason)
 
-    def _drop(self, part: Part, reason: str) -> None:
+    def _drop(self, part: Part, reason: str, *, needs: float | None = None) -> None:
         with self.lock:
-            part.status, part.reason, part.probabilities = "dropped", reason, None
+            part.status, part.reason, part.needs = "dropped", reason, needs
         logger.warning("dropped: %s: %s", part.name, reason)
 
     def _close(self) -> None:

@@ -28,13 +28,15 @@ class Fake:
         self.name, self.cost, self.clock, self.speed = name, cost, clock, speed
         self.probabilities = np.array([first, 0.9 - first, 0.1])
         self.opened = self.closed = 0
+        self.call = 0.0  # seconds of a call, however few rows it holds
+        self.loading = [10.0]  # seconds, of each time and of all after the last
         self.symmetric = False
         self.broken: set[int] = set()
         self.fails = ""
 
     def open(self) -> None:
+        self.clock.now += self.loading[min(self.opened, len(self.loading) - 1)]
         self.opened += 1
-        self.clock.now += 10
         if self.fails == "open":
             raise MemoryError("no room")
 
@@ -43,7 +45,7 @@ class Fake:
 
     def score(self, order: int, rows: np.ndarray) -> np.ndarray:
         assert self.opened > self.closed
-        self.clock.now += len(rows) / self.speed
+        self.clock.now += self.call + len(rows) / self.speed
         if self.fails == "later" and rows[-1] > 300:
             raise RuntimeError("lost")
         # What is seen as A is B where the responses are exchanged.
@@ -97,6 +99,65 @@ def test_drops_in_the_stated_order(deadline: float, kept: set[tuple[str, int]]) 
     )
     np.testing.assert_allclose(answers, np.tile(expected, (ROWS, 1)))
     assert not unknown.any()
+
+
+@pytest.mark.parametrize("call", [1.0, 3.0, 6.0])
+def test_a_call_that_is_not_full_tells_no_speed(call: float) -> None:
+    clock = Clock()
+    large, small = pair(clock)
+    large.speed, small.speed = 50.0, 100.0
+    large.call = small.call = call
+    # By its first 16 rows a part would take 62 calls of 1,000 rows.
+    schedule = make(clock, large, small, deadline=140 + 30 * call)
+    schedule.run()
+    assert set(statuses(schedule).values()) == {"finished"}
+    assert large.opened == small.opened == 2
+
+
+def test_what_falls_first_is_a_second_order_where_calls_are_dear() -> None:
+    clock = Clock()
+    large, small = pair(clock)
+    large.speed, large.call = 20.0, 3.0
+    schedule = make(clock, large, small, deadline=220)
+    schedule.run()
+    found = statuses(schedule)
+    assert found["large", 0] == "finished" and found["small", 1] == "dropped"
+
+
+def test_one_slow_chunk_drops_nothing() -> None:
+    clock = Clock()
+    large, small = pair(clock)
+    large.speed = 5.0
+    score, calls = large.score, iter(range(100))
+
+    def slow_once(order: int, rows: np.ndarray) -> np.ndarray:
+        clock.now += 50 * (next(calls) == 1)
+        return score(order, rows)
+
+    large.score = slow_once  # type: ignore[method-assign]
+    schedule = make(clock, large, small, deadline=110 + 300, both=False)
+    schedule.run()
+    assert set(statuses(schedule).values()) == {"finished"}
+
+
+def test_a_part_is_tried_again_while_time_is_left() -> None:
+    clock = Clock()
+    small = Fake(clock, "small", 1.0, 10.0)
+    small.loading = [200.0, 1.0]  # it has to be compiled only once
+    schedule = make(clock, small, deadline=301 + 150)
+    schedule.run()
+    assert statuses(schedule) == {("small", 0): "finished", ("small", 1): "finished"}
+    assert not schedule.parts[1].reason
+
+
+def test_far_too_little_time_is_not_overrun_by_dear_calls() -> None:
+    clock = Clock()
+    large, small = pair(clock)
+    large.call = small.call = 7.0
+    schedule = make(clock, large, small, deadline=40)
+    schedule.run()
+    assert schedule.parts[0].status == "partial" and clock.now < 40 + 7 + 5
+    assert {part.status for part in schedule.parts[1:]} == {"dropped"}
 
 
 def test_no_row_is_left_out_when_the_cheapest_is_too_slow() -> None:
