@@ -85,14 +85,19 @@ workdir = Path(WORKING) / RUN
 
 
 def count_updates(folder):
-    """The newest checkpoint of a run; -1 where there is none."""
-    return max((int(path.name) for path in folder.iterdir() if path.name.isdigit()), default=-1)
+    """The newest checkpoint of a run; -1 where there is none that is whole."""
+    whole = [path.parent.name for path in folder.glob("*/manifest.json")]
+    return max((int(name) for name in whole if name.isdigit()), default=-1)
 
 
 earlier = [path for path in Path(INPUTS).rglob(f"{RUN}/checkpoints") if path.is_dir()]
-if earlier and not workdir.exists():
+if earlier and count_updates(workdir / "checkpoints") < 0:
     best = max(earlier, key=count_updates)
-    shutil.copytree(best.parent, workdir, copy_function=shutil.copyfile)  # inputs are read-only
+    copying = workdir.with_name(f".{workdir.name}.copying")  # the run's name is for a whole one
+    for unfinished in (copying, workdir):
+        shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(best.parent, copying, copy_function=shutil.copyfile)  # inputs are read-only
+    copying.rename(workdir)
     print(f"goes on with {best.parent}, which has {count_updates(best)} updates")
 else:
     print("goes on where it stopped" if workdir.exists() else "starts from the beginning")

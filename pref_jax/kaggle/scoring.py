@@ -1,7 +1,7 @@
 """Scores a test file with the models of a bundle, within a time, never leaving a row out."""
 
-import json
 import logging
+import math
 import os
 import platform
 import sys
@@ -17,8 +17,8 @@ from pref_jax.data.arena import Comparisons, read_comparisons
 from pref_jax.errors import InputError, RunError
 from pref_jax.evaluation.baselines import Baselines, count_words
 from pref_jax.evaluation.predict import to_probabilities
-from pref_jax.evaluation.submission import write_submission
-from pref_jax.files import check_output_file, write_json
+from pref_jax.evaluation.submission import read_submission, write_submission
+from pref_jax.files import check_output_file, read_json, write_json
 from pref_jax.kaggle.manifest import read_manifest
 from pref_jax.kaggle.schedule import Schedule
 from pref_jax.weights.export import DESCRIPTION
@@ -83,6 +83,24 @@ class BundledModel:
         logits = self._predictor.logits(self._run.params, samples, rows, finite=False)
         return to_probabilities(logits, temperature=self._run.temperature)
 
+    def _read_examples(self) -> tuple[list[Any], np.ndarray]:
+        """Token ids and probabilities [n, 3] of the rows that the export carries.
+
+        Raises:
+          InputError: they are not there, or damaged.
+        """
+        path, remedy = self._folder / DESCRIPTION, "build the bundle again, or upload it again"
+        about = read_json(path, remedy)
+        try:
+            examples = about["examples"]
+            ids = [example["input_ids"] for example in examples]
+            there = np.array([example["probabilities"] for example in examples], float)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(str(path), "its examples are missing or damaged", remedy) from error
+        if not ids or there.shape != (len(ids), 3):
+            raise InputError(str(path), "its examples are missing or damaged", remedy)
+        return ids, there
+
     def _check(self) -> None:
         """Compares the rows that the export carries with what is computed here.
 
@@ -94,19 +112,17 @@ class BundledModel:
         from pref_jax.weights.examples import describe_rows, write_rows
 
         assert self._run is not None
-        about = json.loads((self._folder / DESCRIPTION).read_text(encoding="utf-8"))
+        wanted, there = self._read_examples()
         experiment = self._run.experiment
         with tempfile.TemporaryDirectory() as folder:
             write_rows(Path(folder) / "rows.csv")
             rows = read_comparisons(Path(folder) / "rows.csv", labelled=False)
             samples = experiment.make_samples(rows)
             found = self._score(samples, np.arange(len(rows)))
-        for wanted, mine in zip(about["examples"], describe_rows(samples, found), strict=True):
-            if wanted["input_ids"] != mine["input_ids"]:
-                raise RunError(
-                    self.name, "its tokenizer gives other ids here", "build the bundle again"
-                )
-        there = np.array([example["probabilities"] for example in about["examples"]])
+        if wanted != [mine["input_ids"] for mine in describe_rows(samples, found)]:
+            raise RunError(
+                self.name, "its tokenizer gives other ids here", "build the bundle again"
+            )
         difference = float(np.abs(found - there).max())
         logger.info(
             "%s: %d rows of its export: probabilities differ by %.5f at most",
@@ -120,6 +136,18 @@ class BundledModel:
                 f"probabilities of its own examples differ by {difference:.2f} here",
                 "build the bundle again, or leave the model out",
             )
+
+
+def check_hours(hours: float) -> None:
+    """Refuses a ``--max_hours`` that is no time to work in.
+
+    Raises:
+      InputError: it is not above 0, or not finite.
+    """
+    if not 0 < hours < math.inf:
+        raise InputError(
+            f"--max_hours={hours:g}", "it is no number above 0", "give hours, such as 8.5"
+        )
 
 
 def score_file(
@@ -144,11 +172,12 @@ def score_file(
       RunError: every model failed; each row has the length baseline's answer then.
     """
     begun = time.time() if started is None else started
+    if not math.isfinite(begun):
+        raise InputError(f"--started={begun:g}", "it is no time", "give seconds since 1970")
     folder = Path(bundle)
     manifest = read_manifest(folder)
     hours = float(manifest["max_hours"] if max_hours is None else max_hours)
-    if not hours > 0:
-        raise InputError(f"--max_hours={hours:g}", "it is not above 0", "give hours, such as 8.5")
+    check_hours(hours)
     target = check_output_file(output, inputs=(data,))
     ends = time.monotonic() + 3600 * hours - (time.time() - begun)
     least, most, share = _RESERVE
@@ -199,13 +228,30 @@ def score_file(
     finished.set()
     watchdog.join()
     _report(result)
-    if all(part.status == "failed" for part in schedule.parts):
+    reasons = {part.model.name: part.reason for part in schedule.parts if part.status == "failed"}
+    used = any(part.status in ("finished", "partial") for part in schedule.parts)
+    if len(reasons) == len(models) and not used:
         raise RunError(
             str(folder),
-            f"no model could be used ({schedule.parts[0].reason})",
+            f"no model could be used ({next(iter(reasons.values()))})",
             f"{target} holds the length baseline's answers; mend the bundle",
         )
     return result
+
+
+def check_submission(data: str, output: str) -> int:
+    """Compares ids and order, and looks at each row's numbers; returns how many rows there are.
+
+    Raises:
+      InputError: the test file or the submission cannot be read.
+      RunError: the submission is not that of the test file.
+    """
+    ids, values = read_submission(output)
+    if ids != read_comparisons(data, labelled=False).ids:
+        raise RunError(output, f"rows of {data} are missing or in another order", "score it again")
+    if not ((values > 0).all() and (abs(values.sum(axis=1) - 1) < 1e-6).all()):
+        raise RunError(output, "a row is 0 somewhere or does not sum to 1", "score it again")
+    return len(ids)
 
 
 def _end_in_time(
