@@ -5,6 +5,7 @@ which base its adapters belong to.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,6 +87,14 @@ def load_exported(folder: Path, base: Path | None = None) -> "Run":
 
     path = folder / RUN_FILE
     content, about = read_json(path, _REMEDY), read_json(folder / DESCRIPTION, _REMEDY)
+    temperature: Any = about.get("temperature")
+    step: Any = content.get("step")
+    if type(temperature) not in (int, float) or not 0 < temperature < math.inf:
+        raise InputError(
+            str(folder / DESCRIPTION), "temperature: it is not a number above 0", _REMEDY
+        )
+    if type(step) is not int:
+        raise InputError(str(path), "step: it is not a whole number", _REMEDY)
     config = fill_config(content.get("config") or {}, path)
     device = jax.devices()[0]
     if config.train.precision == "bfloat16" and choose_precision("auto", device).loss_scaling:
@@ -94,12 +103,13 @@ def load_exported(folder: Path, base: Path | None = None) -> "Run":
 
     experiment = make_scoring_experiment(config, backbone)
     if content.get("form") == "adapter":
-        params = _load_adapter(folder, experiment, base, content["base"]["digest"])
+        digest = (content.get("base") or {}).get("digest", "")
+        params = _load_adapter(folder, experiment, base, digest)
     elif content.get("form") == "merged":
         params = _load_merged(folder, experiment)
     else:
         params = _load_encoder(folder, experiment)
-    return Run(folder, experiment, int(content["step"]), params, float(about["temperature"]))
+    return Run(folder, experiment, step, params, float(temperature))
 
 
 def _load_encoder(folder: Path, experiment: "Experiment") -> dict[str, Any]:
