@@ -14,10 +14,11 @@ from pathlib import Path
 from absl import flags
 
 from pref_jax import command
+from pref_jax.errors import InputError
 
 _PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
-flags.DEFINE_multi_string("workdir", None, "Folder of a run; several: commas, or the flag again.")
+flags.DEFINE_multi_string("workdir", None, "A run, also gs://...; several: commas, or again.")
 flags.DEFINE_string("output", None, "Folder to write: new, or an earlier bundle.", required=True)
 flags.DEFINE_float("max_hours", 8.5, "In which the notebook ends, set-up included.")
 flags.DEFINE_bool("swap_average", False, "Score both orders of the responses and average.")
@@ -35,6 +36,11 @@ flags.DEFINE_bool(
     "Training: no, the notebook fetches them.",
 )
 
+_SCORING_ONLY = (
+    *("workdir", "max_hours", "swap_average", "accelerator"),
+    *("base", "kaggle_base", "quantization"),
+)
+
 
 def main(options: flags.FlagValues) -> None:
     from pref_jax.kaggle.bundle import Options, build_bundle
@@ -42,6 +48,9 @@ def main(options: flags.FlagValues) -> None:
 
     repository = Path(__file__).resolve().parent.parent
     if options.train is not None:
+        for name in _SCORING_ONLY:
+            if options[name].present:
+                raise InputError(f"--{name}", "it is of no use beside --train", "leave one out")
         from pref_jax.kaggle.training import build_training
 
         folder = build_training(

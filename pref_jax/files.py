@@ -37,7 +37,7 @@ def check_output_file(
     """
     if not str(path):
         raise InputError(flag, "no file named", f"name one, as in {flag}=submission.csv")
-    _refuse_bucket(path, flag)
+    refuse_bucket(path, flag)
     target = Path(path)
     if os.path.isdir(target):
         raise InputError(str(target), "is a directory", f"name a file in it with {flag}")
@@ -83,7 +83,7 @@ def make_output_folder(path: str | Path, flag: str = "--output") -> Path:
     """
     if not str(path):
         raise InputError(flag, "no folder named", f"name one, as in {flag}=report")
-    _refuse_bucket(path, flag)
+    refuse_bucket(path, flag)
     folder = Path(path)
     try:
         make_folder(folder)
@@ -286,7 +286,12 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _refuse_bucket(path: str | Path, flag: str) -> None:
+def refuse_bucket(path: str | Path, flag: str) -> None:
+    """Refuses to write to a place in a bucket.
+
+    Raises:
+      InputError: it is one.
+    """
     if str(path).startswith("gs:/"):
         raise InputError(
             flag, "only the runs of launch/train.py are written to a bucket", "name a local place"

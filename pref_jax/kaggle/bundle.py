@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pref_jax.errors import InputError
+from pref_jax.evaluation.runs import name_runs
 from pref_jax.files import read_json
 from pref_jax.kaggle.folders import check_folder, replaced_folder
 from pref_jax.kaggle.manifest import FILE, read_manifest, write_manifest
 from pref_jax.kaggle.notebook import build_notebook
-from pref_jax.kaggle.scoring import BASES, FALLBACK, MODELS
+from pref_jax.kaggle.scoring import BASES, FALLBACK, MODELS, check_hours
 from pref_jax.kaggle.wheels import SCORING, Target, collect_wheels
+from pref_jax.training.mirror import local_run
 
 if TYPE_CHECKING:
     from pref_jax.experiment import Run
@@ -53,7 +55,7 @@ def build_bundle(workdirs: Sequence[str], output: str, repository: Path, options
     """Writes models, wheels, manifest and notebook into ``output``, whole or not at all.
 
     Args:
-      workdirs: the runs.
+      workdirs: the runs; also ``gs://BUCKET/PATH``.
       output: a new or empty folder, or an earlier bundle, which is replaced.
       repository: the project's folder.
       options: what for.
@@ -62,18 +64,19 @@ def build_bundle(workdirs: Sequence[str], output: str, repository: Path, options
       InputError: anything about the runs, the output or the target; nothing is written then.
       RunError: wheels cannot be had, or writing failed.
     """
-    names = _check(workdirs, output, options)
-    with replaced_folder(output, _is_ours) as made:
+    folders = _check(workdirs, output, options)
+    names = [name.replace("/", "-") for name in name_runs(folders)]
+    with replaced_folder(output, _list_ours) as made:
         needed = list(SCORING)
         models = []
-        for workdir, name in zip(workdirs, names, strict=True):
-            entry = _add_model(Path(workdir), made, name, options)
+        for workdir, folder, name in zip(workdirs, folders, names, strict=True):
+            entry = _add_model(folder, made, name, options)
             models.append(entry)
             if str(entry.get("base", "")).endswith(".gguf") and "gguf" not in needed:
                 needed.append("gguf")
             logger.info("%s: %s, as the model %s", workdir, entry["form"], name)
         cheapest = min(range(len(models)), key=lambda number: models[number]["cost"])
-        shutil.copyfile(Path(workdirs[cheapest]) / "baselines.json", made / FALLBACK)
+        shutil.copyfile(folders[cheapest] / "baselines.json", made / FALLBACK)
         if options.with_wheels:
             logger.info("fetching wheels for Python %s", options.target.python)
             (made / WHEELS).mkdir()
@@ -87,23 +90,23 @@ def build_bundle(workdirs: Sequence[str], output: str, repository: Path, options
     return Path(output)
 
 
-def _check(workdirs: Sequence[str], output: str, options: Options) -> list[str]:
-    """What can be refused before hours of work; returns the models' names."""
-    from pref_jax.evaluation.runs import name_runs
+def _check(workdirs: Sequence[str], output: str, options: Options) -> list[Path]:
+    """What can be refused before hours of work; returns the runs' folders on this machine."""
     from pref_jax.experiment import read_config, read_model
 
     if not workdirs:
         raise InputError("--workdir", "it is missing", "name the run, or several")
-    if not options.max_hours > 0:
-        raise InputError(f"--max_hours={options.max_hours:g}", "it is not above 0", "give hours")
+    if not all(workdirs):
+        raise InputError("--workdir", "a name is empty", "name a run's folder, or leave it out")
+    check_hours(options.max_hours)
     options.target.platforms  # noqa: B018 (refuses an unknown one)
-    real = [Path(os.path.realpath(workdir)) for workdir in workdirs]
-    target = Path(os.path.realpath(output))
+    target = check_folder(output, _list_ours)
+    real = [Path(os.path.realpath(local_run(workdir))) for workdir in workdirs]
     adapters = set()
     for place, (workdir, folder) in enumerate(zip(workdirs, real, strict=True)):
         if folder in real[:place]:
             raise InputError(f"--workdir={workdir}", "it is named twice", "name each run once")
-        config = read_config(Path(workdir))
+        config = read_config(folder)
         if config.input.layout == "response":
             raise InputError(
                 workdir,
@@ -116,9 +119,9 @@ def _check(workdirs: Sequence[str], output: str, options: Options) -> list[str]:
                 f"the run {workdir} lies on its way",
                 "name a folder elsewhere",
             )
-        read_json(Path(workdir) / "baselines.json", "train the run again")
+        read_json(folder / "baselines.json", "train the run again")
         if config.model.lora.rank:
-            adapters.add(read_model(Path(workdir))[1].get("digest", ""))
+            adapters.add(read_model(folder)[1].get("digest", ""))
     for flag, value in (
         ("kaggle_base", options.kaggle_base),
         ("quantization", options.quantization),
@@ -129,18 +132,11 @@ def _check(workdirs: Sequence[str], output: str, options: Options) -> list[str]:
         raise InputError(
             "--kaggle_base", "the runs have several bases", "build a bundle for each of them"
         )
-    check_folder(output, _is_ours)
-    return [name.replace("/", "-") for name in name_runs(real)]
+    return real
 
 
-def _is_ours(folder: Path) -> bool:
-    """Whether all files of a folder are those of a bundle's manifest."""
-    try:
-        held = {*read_manifest(folder)["files"], FILE}
-    except InputError:
-        return False
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return all(path.relative_to(folder).as_posix() in held for path in files)
+def _list_ours(folder: Path) -> list[str]:
+    return [*read_manifest(folder)["files"], FILE]
 
 
 def _add_model(workdir: Path, made: Path, name: str, options: Options) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pref_jax.errors import InputError
-from pref_jax.files import write_json
+from pref_jax.files import read_json, write_json
 from pref_jax.kaggle.folders import replaced_folder
 from pref_jax.kaggle.notebook import build_notebook
 from pref_jax.kaggle.wheels import PYTHONS, Target, build_wheel, collect_wheels
@@ -36,7 +36,7 @@ def build_training(
     """
     target = Target(python, platform, _JAX[accelerator])
     target.platforms  # noqa: B018 (refuses an unknown one)
-    with replaced_folder(output, _is_ours) as made:
+    with replaced_folder(output, _list_ours) as made:
         (made / "wheels").mkdir()
         if wheels:
             collect_wheels(made / "wheels", read_packages(repository), target, repository, ())
@@ -52,12 +52,15 @@ def build_training(
         text = build_notebook(repository / "launch" / "kaggle" / "train.py", values)
         (made / f"train_{accelerator}.ipynb").write_text(text, encoding="utf-8")
         pythons = [python] if wheels else list(PYTHONS)
-        write_json(made / FILE, {"accelerator": accelerator, "pythons": pythons})
+        files = [path.relative_to(made) for path in made.rglob("*") if path.is_file()]
+        about = {"accelerator": accelerator, "pythons": pythons, "files": sorted(files)}
+        write_json(made / FILE, about)
     return Path(output)
 
 
-def _is_ours(folder: Path) -> bool:
-    return (folder / FILE).is_file()
+def _list_ours(folder: Path) -> list[str]:
+    files = read_json(folder / FILE, "").get("files")
+    return [*map(str, files), FILE] if isinstance(files, list) else []
 
 
 def read_packages(repository: Path) -> list[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rig import REPOSITORY, TINY, call, predict
+from storage import standing_in
 
 from pref_jax.evaluation.submission import read_submission
 
@@ -89,8 +90,9 @@ def run_notebook(
 def test_the_notebook_says_what_predict_says(
     bundle: Path, run: Path, adapter: Path, arena: Path, tmp_path: Path
 ) -> None:
-    data = tmp_path / "test.csv"
-    shutil.copyfile(arena / "test.csv", data)
+    data = tmp_path / "test.csv"  # in a form that the project's reader takes
+    text = (arena / "test.csv").read_text(encoding="utf-8")
+    data.write_text(text.replace("id,", "id ,", 1), encoding="utf-16")
     values = {"BUNDLE": str(bundle)}  # test.csv and the output are those of the folder
     done = run_notebook(bundle / "submit.ipynb", values, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -115,6 +117,7 @@ def test_no_time_at_all_still_answers_every_row(bundle: Path, arena: Path, tmp_p
     result = json.loads((tmp_path / "scoring.json").read_text())
     assert {part["status"] for part in result["parts"]} == {"dropped"}
     assert result["fallback_rows"] == 60
+    assert "60 rows, each with its probabilities" in done.stdout
     assert done.stdout.count("dropped") >= 4 and "60 rows have the length" in done.stdout
 
 
@@ -182,6 +185,53 @@ def test_another_base_is_refused_and_the_other_model_answers(
     assert result["fallback_rows"] == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "expected"),
+    [
+        ("pref_jax.json", {"temperature": None}, "pref_jax.json: temperature: it is not a number"),
+        ("pref_jax.json", {"examples": [{}]}, "pref_jax.json: its examples are missing"),
+        ("run.json", {"step": None}, "run.json: step: it is not a whole number"),
+    ],
+)
+def test_the_reason_names_the_damaged_file(
+    bundle: Path, arena: Path, tmp_path: Path, name: str, change: dict[str, object], expected: str
+) -> None:
+    damaged = tmp_path / "bundle"
+    shutil.copytree(bundle, damaged)
+    path = damaged / "models" / "run" / name
+    path = path if path.exists() else next(damaged.glob(f"models/*/{name}"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    manifest = json.loads((damaged / "manifest.json").read_text())
+    model = next(one for one in manifest["models"] if one["name"] == path.parent.name)
+    (damaged / "manifest.json").write_text(json.dumps(manifest | {"models": [model]}))
+    outcome = score(damaged, arena / "test.csv", tmp_path)
+    assert outcome.code == 1 and outcome.stderr.count("\n") == 1, outcome
+    result = json.loads((tmp_path / "scoring.json").read_text())
+    assert expected in result["parts"][0]["reason"]
+    assert result["fallback_rows"] == 60
+
+
+def test_a_run_in_a_bucket_is_bundled_as_a_local_one(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with standing_in(monkeypatch) as storage:
+        for path in run.rglob("*"):
+            if path.is_file():
+                name = path.relative_to(run).as_posix()
+                storage.put(f"gs://b/runs/{run.name}/{name}", path.read_bytes())
+        for workdir, output in ((f"gs://b/runs/{run.name}", "there"), (run, "here")):
+            outcome = call(
+                *("kaggle", f"--workdir={workdir}", f"--output={tmp_path}/{output}", "--nowheels"),
+            )
+            assert outcome.code == 0, outcome
+        outcome = call("kaggle", "--workdir=gs://b/nobody/r", f"--output={tmp_path}/none")
+    assert outcome.code == 2 and "gs://b/nobody/r" in outcome.stderr, outcome
+    there, here = (
+        json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("there", "here")
+    )
+    assert there == here
+
+
 def test_another_python_is_one_line(bundle: Path, tmp_path: Path) -> None:
     values = {"BUNDLE": str(bundle), "PYTHON": "3.10", "PACKAGES": str(tmp_path / "p")}
     done = run_notebook(bundle / "submit.ipynb", values, tmp_path)
@@ -207,7 +257,7 @@ def test_bad_input_is_one_line(run: Path, adapter: Path, arena: Path, tmp_path: 
         ((f"--workdir={untrained}", new), "checkpoint"),
         ((f"--workdir={run}", f"--workdir={run}", new), "twice"),
         ((f"--workdir={run}", f"--output={run}/bundle"), "lies on its way"),
-        ((f"--workdir={run}", f"--output={tmp_path}/full"), "something else"),
+        ((f"--workdir={run}", f"--output={tmp_path}/full"), "holds notes.txt"),
         ((f"--workdir={run}", "--max_hours=0", new), "--max_hours"),
         ((f"--workdir={run}", "--platform=win_amd64", new), "--platform"),
         ((f"--workdir={run}", "--quantization=nf4", new), "--quantization"),
