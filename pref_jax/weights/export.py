@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pref_jax.data.tokenizers import TOKENIZER_FILES
 from pref_jax.errors import InputError, RunError
-from pref_jax.files import check_room, replace_folder, sync_tree
+from pref_jax.files import check_room, refuse_bucket, replace_folder, sync_tree
 from pref_jax.weights import names
 from pref_jax.weights.files import INDEX, SINGLE, read_json
 
@@ -127,6 +127,7 @@ def check_output(output: Path) -> None:
     Raises:
       InputError: it does, or is no folder.
     """
+    refuse_bucket(output, "--output")
     where = f"--output={output}"
     if not os.path.lexists(output):
         try:

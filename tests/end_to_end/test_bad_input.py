@@ -185,6 +185,7 @@ TABLE = [
     # Places that cannot be written are found before the work.
     (f"predict --workdir=run --data=good.csv --output={NOWHERE}.csv", "cannot be written"),
     (f"export --workdir=run --output={NOWHERE}", "it cannot be written there"),
+    ("export --workdir=run --output=gs://b/x", "written to a bucket"),
     ("predict --workdir=run --data=good.csv --output=o.csv --base=run", "leave it out"),
 ]
 
