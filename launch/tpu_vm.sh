@@ -10,9 +10,9 @@
 #
 # `train` does all of it: it asks for the VM where there is none, installs the project on every host,
 # starts the training command, which keeps its run in the bucket, and makes everything again from
-# there when the VM was pre-empted. When training has ended, well or badly, or the time is up,
-# it deletes the VM, so that nothing is left running; `--keep` leaves it. The VM deletes itself one
-# hour after --max_hours, if its service account may, so this machine may be switched off.
+# there when the VM was pre-empted. When training has ended, well or badly, the time is up, or it is
+# interrupted, it deletes the VM, so that nothing is left running; `--keep` leaves it. The VM deletes
+# itself one hour after --max_hours, if its service account may, so this machine may be switched off.
 #
 #   --project=P      the Cloud project                       --version=V   the VM's runtime
 #   --valid_for=6h   how long a request may wait              --workdir=DIR where `fetch` puts the run
@@ -35,6 +35,7 @@ help() {
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 poll=${PREF_JAX_TPU_POLL:-60} # seconds
 hour=${PREF_JAX_TPU_HOUR:-3600} # seconds; less of them to try what happens when the time is over
+outage=${PREF_JAX_TPU_OUTAGE:-1800} # seconds in which Google's cloud may not be reached from here
 
 zone=${PREF_JAX_TPU_ZONE:-}
 project=${PREF_JAX_TPU_PROJECT:-}
@@ -89,8 +90,10 @@ while (($#)); do
 done
 
 [[ -n $zone ]] || fail "--zone: it is missing; as in --zone=us-west4-a" 2
-[[ $max_hours =~ ^[0-9]+$ && $max_hours -gt 0 ]] ||
-  fail "--max_hours: $max_hours is not a whole number above 0" 2
+if ! [[ $max_hours =~ ^0*[0-9]{1,4}$ ]] || ((10#$max_hours < 1 || 10#$max_hours > 8760)); then
+  fail "--max_hours: $max_hours is not a whole number from 1 to 8760" 2
+fi
+max_hours=$((10#$max_hours))
 [[ -z $bucket || $bucket == gs://?* ]] || fail "--bucket: $bucket does not begin with gs://" 2
 bucket=${bucket%/}
 if [[ $action == create || $action == train ]]; then
@@ -138,11 +141,41 @@ words() { # as one line that a shell reads back as the same words
   printf '%s' "${line% }"
 }
 
-state() { # of the request: ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, ...; NONE where there is none
-  local found
-  found=$(gcloud compute tpus queued-resources describe "$name" "${place[@]}" \
-    --format='value(state.state)' 2>/dev/null) || found=NONE
-  echo "${found:-NONE}"
+# Sets `state`: ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, ...; NONE where there is no request. Fails
+# where that could not be learned, and `reason` is why.
+ask() {
+  state=$(gcloud compute tpus queued-resources describe "$name" "${place[@]}" \
+    --format='value(state.state)' 2>&1) || {
+    reason=${state##*$'\n'}
+    [[ $state == *NOT_FOUND* || $state == *"was not found"* ]] || return 1
+    state=NONE
+  }
+  state=${state##*$'\n'} # warnings stand above it
+  reason="no answer"
+  [[ -n $state ]]
+}
+
+# Repeats a question to the cloud until it is answered. An outage here is no news of the VM, which
+# may be training: where it does not end, the VM is left alone.
+patiently() { # COMMAND...
+  local end=$((SECONDS + outage))
+  until "$@"; do
+    ((SECONDS < end)) || {
+      at_stake=
+      fail "$name: no answer for $((outage / 60)) minutes ($reason); it may be running and billed; $(remedy)"
+    }
+    echo "$name: it could not be asked for ($reason); it is asked for again"
+    pause
+  done
+}
+
+remedy() {
+  echo "the same command goes on with it, and this deletes it: ./launch/tpu_vm.sh delete $(words "$name" "${place[@]}")"
+}
+
+pause() { # in which a signal is heard at once
+  sleep "$poll" >/dev/null 2>&1 &
+  wait "$!"
 }
 
 create() {
@@ -157,16 +190,15 @@ delete() {
 }
 
 wait_until_active() {
-  local now
   [[ -z $dry_run ]] || return 0
   while true; do
-    now=$(state)
-    case $now in
+    patiently ask
+    case $state in
     ACTIVE) return 0 ;;
     FAILED | SUSPENDED | SUSPENDING | NONE) return 1 ;;
     esac
-    echo "$name: $now"
-    sleep "$poll"
+    echo "$name: $state"
+    pause
   done
 }
 
@@ -204,78 +236,107 @@ exit_code() { # of training on the first host; empty while it goes on
   vm ssh "$name" --worker=0 --command='cat pref_jax/exit_code 2>/dev/null || true' 2>/dev/null
 }
 
-# Waits for training. Prints its exit code, "lost" where the VM is gone or "late".
+# Waits for training. Sets `result` to its exit code, "lost" where the VM is gone or "late".
 watch() { # SECONDS, of this script, at which it has to be over
-  local code
   while true; do
-    code=$(exit_code || true)
-    [[ ! $code =~ ^[0-9]+$ ]] || {
-      echo "$code"
-      return
-    }
-    [[ $(state) == ACTIVE ]] || {
-      echo lost
-      return
-    }
-    ((SECONDS < $1)) || {
-      echo late
-      return
-    }
-    sleep "$poll"
+    result=$(exit_code || true)
+    [[ ! $result =~ ^[0-9]+$ ]] || return 0
+    result=lost
+    patiently ask
+    [[ $state == ACTIVE ]] || return 0
+    result=late
+    ((SECONDS < $1)) || return 0
+    pause
   done
 }
 
-clean_up() {
-  if [[ -n $keep ]]; then
-    echo "$name is kept, and billed: ./launch/tpu_vm.sh delete $name --zone=$zone"
-  else
-    delete || echo "error: $name: it could not be deleted and is billed; delete it by hand" >&2
-  fi
+# Sets `answer`: whether training goes on there, yes or no. Fails where the VM, if it is there still,
+# did not say, and `reason` is why.
+ask_training() {
+  answer=$(vm ssh "$name" --worker=0 \
+    --command="kill -0 \"\$(cat pref_jax/host_pid)\" 2>/dev/null && echo yes || echo no" 2>/dev/null)
+  [[ $answer != yes && $answer != no ]] || return 0
+  answer=no
+  ask || return 1
+  reason="its first host does not answer"
+  [[ $state != ACTIVE ]]
 }
 
-is_training() {
-  [[ -z $dry_run && $(vm ssh "$name" --worker=0 \
-    --command="kill -0 \"\$(cat pref_jax/host_pid)\" && echo yes || true" 2>/dev/null) == yes ]]
+clean_up() {
+  state=
+  if [[ -z $dry_run ]] && ask && [[ $state == NONE ]]; then
+    return
+  fi
+  if [[ -n $keep ]]; then
+    echo "$name is kept, and billed: ./launch/tpu_vm.sh delete $(words "$name" "${place[@]}")"
+    return
+  fi
+  delete || {
+    ! ask || [[ $state != NONE ]] || return 0
+    echo "error: $name: it could not be deleted; the request stays, and its VM may be running and" \
+      "billed; $(remedy)" >&2
+    return 1
+  }
+}
+
+# However `train` ends, nothing is left running, or a line says what is.
+leave() { # EXIT CODE
+  local code=$1
+  # A second signal would only end the deletion.
+  trap '' INT TERM HUP
+  trap - EXIT
+  set +e
+  if [[ -n $at_stake ]]; then
+    # Where the terminal is gone, gcloud must not die of it.
+    [[ -n $dry_run ]] || echo "$name: cleaning up" 2>/dev/null || exec >/dev/null
+    clean_up || code=$((code ? code : 1))
+  fi
+  exit "$code"
+}
+
+interrupted() { # SIGNAL EXIT CODE
+  trap '' INT TERM HUP
+  echo "error: $name: interrupted by SIG$1; it is cleaned up, please wait" >&2 || exec 2>/dev/null
+  exit "$2"
 }
 
 train() {
-  local result=lost end=$((SECONDS + max_hours * hour)) hours now
+  local end=$((SECONDS + max_hours * hour)) hours
+  result=lost state=NONE
+  at_stake=1
+  trap '' PIPE
+  trap 'leave "$?"' EXIT
+  trap 'interrupted INT 130' INT
+  trap 'interrupted TERM 143' TERM
+  trap 'interrupted HUP 129' HUP
   while [[ $result == lost ]]; do
     hours=$(((end - SECONDS + hour - 1) / hour))
-    ((hours > 0)) || {
-      [[ $(state) == NONE ]] || clean_up
-      fail "$name: --max_hours=$max_hours are over; the run is in $bucket"
-    }
-    now=NONE
-    [[ -n $dry_run ]] || now=$(state)
-    if [[ $now != ACTIVE ]]; then
-      [[ $now == NONE ]] || delete
-      create || {
-        [[ $(state) == NONE ]] || clean_up
-        fail "$name: it could not be created; see the lines above"
-      }
+    ((hours > 0)) || fail "$name: --max_hours=$max_hours are over; the run is in $bucket"
+    [[ -n $dry_run ]] || patiently ask
+    answer=no
+    if [[ $state == ACTIVE ]]; then
+      patiently ask_training
+    else
+      [[ $state == NONE ]] || delete || exit 1
+      create || fail "$name: it could not be created; see the lines above"
       wait_until_active || {
-        delete
+        delete || exit 1
         [[ -n $spot ]] || fail "$name: no such TPU was given within $valid_for; try another zone"
         echo "$name: it was not given, or taken away again; it is asked for again"
-        sleep "$poll"
+        pause
         continue
       }
     fi
-    if is_training || { setup && start "$hours"; }; then
-      [[ -z $dry_run ]] || {
-        clean_up
-        return
-      }
-      result=$(watch $((end + hour / 2)))
-    elif [[ $(state) == ACTIVE ]]; then
-      clean_up
-      fail "$name: it could not be set up; see the lines above"
+    if [[ $answer == yes ]] || { setup && start "$hours"; }; then
+      [[ -z $dry_run ]] || return 0
+      watch $((end + hour / 2))
+    else
+      patiently ask
+      [[ $state != ACTIVE ]] || fail "$name: it could not be set up; see the lines above"
     fi
     [[ $result != lost ]] || echo "$name: pre-empted; everything is made again from $bucket"
   done
   on_hosts 0 'tail -n 20 pref_jax/train.log' || true
-  clean_up
   [[ $result != late ]] || fail "$name: training did not end within --max_hours=$max_hours"
   echo "the run is in $bucket; exit code of training: $result"
   return "$result"
@@ -288,10 +349,17 @@ fetch() {
   run gcloud storage rsync --recursive "$bucket" "$folder"
 }
 
+say_state() {
+  [[ -n $dry_run ]] || {
+    ask || fail "$name: it could not be asked for ($reason); try again"
+    echo "$name: $state"
+  }
+}
+
 case $action in
-create) create && { [[ -n $dry_run ]] || echo "$name: $(state)"; } ;;
+create) create && say_state ;;
 status)
-  [[ -n $dry_run ]] || echo "$name: $(state)"
+  say_state
   on_hosts 0 'cd pref_jax && tail -n 1 train.log; cat exit_code 2>/dev/null || echo training'
   ;;
 logs) on_hosts all 'tail -n 100 pref_jax/train.log' ;;

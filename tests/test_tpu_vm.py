@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from rig import REPOSITORY
 
 # One request and its VM: `state` holds what it says of itself, `home` is the VM's disk.
 _GCLOUD = r"""#!{python}
-import json, os, pathlib, shutil, signal, subprocess, sys, tarfile
+import json, os, pathlib, shutil, signal, subprocess, sys, tarfile, time
 root = pathlib.Path(os.environ["STAND_IN"])
 words = sys.argv[1:]
 with open(root / "calls", "a") as file:
@@ -38,7 +39,7 @@ def switch_off():
     shutil.rmtree(home, ignore_errors=True)
 fails = (root / "fails").read_text().split() if (root / "fails").exists() else []
 if any(word in fails for word in words):
-    sys.exit("stand-in: no")
+    sys.exit("ERROR: (gcloud) UNAVAILABLE: the network is unreachable")
 if (root / "taken").exists() and words[0] == "compute":
     (root / "taken").unlink()
     state.write_text("SUSPENDED")
@@ -55,8 +56,16 @@ elif words[2] == "queued-resources":
         state.write_text((root / "given").read_text())
         home.mkdir(exist_ok=True)
     elif words[3] == "describe":
-        print(state.read_text() if state.exists() else sys.exit("no such request"))
+        print(state.read_text() if state.exists() else sys.exit(
+            "ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: Resource "
+            "'projects/p/locations/z/queuedResources/my-tpu' was not found"
+        ))
     elif words[3] == "delete":
+        (root / "deleting").touch()
+        print("deleting", flush=True)
+        print("deleting", file=sys.stderr, flush=True)
+        while (root / "slow").exists():
+            time.sleep(0.02)
         state.unlink()
         switch_off()
 elif words[3] == "scp":
@@ -114,6 +123,7 @@ class StandIn:
             "STAND_IN": str(self.root),
             "HOME": str(self.root),
             "PREF_JAX_TPU_POLL": "0.2",
+            "PREF_JAX_TPU_OUTAGE": "2",
         }
         return subprocess.Popen(
             ["bash", str(REPOSITORY / "launch/tpu_vm.sh"), action, *flags],
@@ -207,6 +217,103 @@ def test_the_time_is_over(cloud: StandIn) -> None:
     assert code == 1 and "did not end within --max_hours=1" in errors and not cloud.has_vm()
 
 
+def start_training(cloud: StandIn, *flags: str) -> subprocess.Popen[str]:
+    """A `train` whose training has begun and goes on until the VM is gone."""
+    cloud.write("train.py", _TRAIN.replace("time.sleep(0.3)", "time.sleep(20)"))
+    process = cloud.start("train", *TRAIN, *flags, *FLAGS)
+    cloud.wait_for(lambda: (cloud.bucket / "started_at_0").exists())
+    return process
+
+
+@pytest.mark.parametrize(
+    ("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_a_signal_leaves_nothing_running(cloud: StandIn, sent: signal.Signals, code: int) -> None:
+    process = start_training(cloud)
+    cloud.write("slow", "")
+    process.send_signal(sent)
+    cloud.wait_for(lambda: (cloud.root / "deleting").exists())
+    process.send_signal(sent)  # a second one does not end the deletion
+    (cloud.root / "slow").unlink()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code and not cloud.has_vm()
+    assert f"error: my-tpu: interrupted by {sent.name}; it is cleaned up, please wait\n" in errors
+
+
+def test_a_terminal_that_is_gone_leaves_nothing_running(cloud: StandIn) -> None:
+    process = start_training(cloud)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    process.stderr.close()
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=60) == 129 and not cloud.has_vm()
+
+
+def test_a_signal_leaves_what_is_to_be_kept(cloud: StandIn) -> None:
+    process = start_training(cloud, "--keep")
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and cloud.has_vm() and "my-tpu is kept, and billed: " in said
+    assert cloud.call("delete", *WHERE)[0] == 0
+
+
+DELETES = "./launch/tpu_vm.sh delete my-tpu --zone=us-west4-a"
+
+
+def test_what_cannot_be_deleted_is_named(cloud: StandIn) -> None:
+    process = start_training(cloud)
+    cloud.write("fails", "delete")
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143 and cloud.has_vm()
+    last = errors.splitlines()[-1]
+    assert last.startswith("error: my-tpu: it could not be deleted") and last.endswith(DELETES)
+    cloud.write("fails", "")
+    assert cloud.call("delete", *WHERE)[0] == 0
+
+
+def test_a_request_that_cannot_be_taken_back_is_named(cloud: StandIn) -> None:
+    cloud.write("state", "SUSPENDED")
+    cloud.write("fails", "delete")
+    code, _, errors = cloud.call("train", *TRAIN, *FLAGS)
+    assert code == 1 and not cloud.calls("create")
+    assert "error: my-tpu: it could not be deleted; the request stays" in errors
+
+
+def test_an_outage_here_is_no_loss_of_the_vm(cloud: StandIn) -> None:
+    process = cloud.start("train", *TRAIN, *FLAGS)
+    cloud.wait_for(lambda: (cloud.bucket / "started_at_0").exists())
+    cloud.write("fails", "describe ssh")
+    time.sleep(0.6)  # some polls
+    cloud.write("fails", "")
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "it could not be asked for (ERROR: (gcloud) UNAVAILABLE" in said
+    assert len(cloud.calls("create")) == len(cloud.calls("delete")) == 1 and not cloud.has_vm()
+
+
+def test_an_outage_without_end_leaves_the_vm_and_says_so(cloud: StandIn) -> None:
+    process = start_training(cloud)
+    cloud.write("fails", "describe ssh")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and cloud.has_vm()
+    assert not cloud.calls("delete") and len(cloud.calls("create")) == 1
+    assert errors.startswith("error: my-tpu: no answer for ") and errors.count("\n") == 1
+    assert "may be running and billed" in errors and errors.rstrip().endswith(DELETES)
+    # The same command goes on with it; a host that does not answer is not set up again.
+    cloud.write("fails", "ssh")
+    code, _, errors = cloud.call("train", *TRAIN, *FLAGS)
+    assert code == 1 and "its first host does not answer" in errors and cloud.has_vm()
+    assert len(cloud.calls("scp")) == 1 and not cloud.calls("delete")
+    cloud.write("fails", "")
+    assert cloud.call("delete", *WHERE)[0] == 0
+
+
+def test_hours_are_read_as_decimal(cloud: StandIn) -> None:
+    code, said, errors = cloud.call("train", *TRAIN, "--max_hours=08", "--dry_run", *FLAGS)
+    assert code == 0 and "max_hours=8" in said and errors == ""
+
+
 def test_it_may_be_kept(cloud: StandIn) -> None:
     code, said, _ = cloud.call("train", *TRAIN, "--keep", *FLAGS)
     assert code == 0 and cloud.has_vm() and "kept, and billed" in said
@@ -281,6 +388,8 @@ def test_a_dry_run_calls_nobody(cloud: StandIn) -> None:
         (["train", *TRAIN], "training's flags are missing"),
         (["train", *TRAIN, *FLAGS, "--workdir=x"], "the run lies in --bucket"),
         (["train", *TRAIN, "--max_hours=0.5", *FLAGS], "not a whole number"),
+        (["train", *TRAIN, f"--max_hours={'9' * 20}", *FLAGS], "number from 1 to 8760"),
+        (["train", *TRAIN, "--max_hours=0", *FLAGS], "number from 1 to 8760"),
         (["train", *TRAIN, "--config=configs/x.py"], "--config=configs/x.py: no such flag"),
         (["fetch", *WHERE], "--bucket: it is missing"),
     ],
