@@ -35,6 +35,7 @@ hosts.define_flags()
 def main(options, config):
     from pref_jax import cache
     from pref_jax.config import run_name, training_data
+    from pref_jax.training.progress import StopSignals
     from pref_jax.training.workdir import Workdir
 
     if config is not None:
@@ -48,14 +49,18 @@ def main(options, config):
         return
     # The folder is taken before anything heavy is imported: a second run is refused at once.
     path = options.workdir or f"runs/{run_name(options.config)}"
-    with hosts.joined(options), Workdir(path) as workdir:
+    with (
+        StopSignals(at_once=not command.is_called()) as signals,
+        hosts.joined(options),
+        Workdir(path) as workdir,
+    ):
         hosts.start_jax()
         from pref_jax.compilation import keep_compiled_programs
         from pref_jax.training.report import print_result
         from pref_jax.training.run import train
 
         keep_compiled_programs()
-        result = train(config, workdir, STARTED)
+        result = train(config, workdir, STARTED, signals)
         if hosts.is_leader():
             print_result(workdir.name, result)
 

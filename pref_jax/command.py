@@ -37,7 +37,7 @@ os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it says on standard error 
 
 from absl import flags
 
-from pref_jax.errors import InputError, RunError, shown
+from pref_jax.errors import InputError, RunError, Stopped, shown
 from pref_jax.memory import is_shortage
 
 Main = Callable[..., int | None]
@@ -222,6 +222,9 @@ def _report(error: BaseException, debug: bool) -> int:
         return _print_error(str(error), 2)
     if isinstance(error, RunError):
         return _print_error(str(error), 1)
+    if isinstance(error, Stopped):
+        logging.getLogger("pref_jax").info("%s", error)
+        return 0
     if isinstance(error, KeyboardInterrupt):
         return _print_error(
             f"{sys.argv[0]}: interrupted; type the same command again", 130
@@ -298,6 +301,11 @@ class Outcome(NamedTuple):
     code: int
     stdout: str
     stderr: str
+
+
+def is_called() -> bool:
+    """Whether the script runs by `call`, in a process that is not its own."""
+    return _calling
 
 
 def call(script: str | Path, arguments: Sequence[object] = ()) -> Outcome:

@@ -1,4 +1,4 @@
-"""The two kinds of failure that a user sees as one line.
+"""The two kinds of failure that a user sees as one line, and the wish to stop.
 
 Everything else is a defect of this project and keeps its traceback.
 """
@@ -43,6 +43,18 @@ class InputError(_OneLineError):
 
 class RunError(_OneLineError):
     """A failure while running: disk full, non-finite loss, a lost host (exit code 1)."""
+
+
+class Stopped(BaseException):
+    """A signal asked to stop where there is nothing to save: one line, exit code 0.
+
+    Attributes:
+      signal: its name, such as "SIGTERM".
+    """
+
+    def __init__(self, signal: str) -> None:
+        self.signal = signal
+        super().__init__(f"stopped by {signal}; nothing is lost, the same command goes on")
 
 
 def shorten(text: str, longest: int) -> str:

@@ -33,7 +33,7 @@ from typing import Any, NoReturn, TypeVar
 
 from absl import flags
 
-from pref_jax.errors import InputError, RunError
+from pref_jax.errors import InputError, RunError, Stopped
 
 flags.disclaim_key_flags()  # `define_flags` makes them flags of the script that calls it
 
@@ -398,8 +398,16 @@ def joined(options: Any) -> Iterator[None]:
             {"versions": _versions(), "script": os.path.basename(sys.argv[0])},
             "start the same command, in the same environment, on every host",
         )
-        yield
+        stopped = None
+        try:
+            yield
+        except Stopped as error:  # on all hosts at the same point
+            stopped = error
         meeting.finish()
+        if stopped is not None:
+            raise stopped
+    except Stopped:
+        raise
     except BaseException as error:
         reported = meeting.fail(error)
         if reported is error:

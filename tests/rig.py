@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
+import importlib
 import io
+import itertools
 import json
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -249,6 +253,25 @@ def _call_scripts(
     _settle_in(log, environment)
     outcomes = {case: call(*parts) for case, parts in commands.items()}
     Path(notes).write_text(json.dumps(outcomes))
+
+
+def stop_at(place: str, number: int, name: str = "SIGTERM") -> None:
+    """For `start`'s ``before``: the process gets a signal in its ``number``-th call of a function.
+
+    Args:
+      place: ``module:function``, or ``module:Class.method``.
+    """
+    module, path = place.split(":")
+    *owners, attribute = path.split(".")
+    owner = functools.reduce(getattr, owners, importlib.import_module(module))
+    function, calls = getattr(owner, attribute), itertools.count(1)
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        if next(calls) == number:
+            os.kill(os.getpid(), getattr(signal, name))
+        return function(*arguments, **named)
+
+    setattr(owner, attribute, call)
 
 
 def finish(process: ForkServerProcess, log: Path, code: int = 0, seconds: float = 300) -> str:

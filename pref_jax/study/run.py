@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from pref_jax import locks
-from pref_jax.errors import InputError, RunError
+from pref_jax.errors import InputError, RunError, Stopped
 from pref_jax.files import make_folder, make_output_folder, read_json, write_json
 from pref_jax.study.plan import (
     DATA,
@@ -290,17 +290,19 @@ def train_whole(config: ConfigDict, workdir: Path) -> None:
     Raises:
       RunError: it was asked to stop before.
     """
+    from pref_jax.training.progress import StopSignals
     from pref_jax.training.run import train
     from pref_jax.training.workdir import Workdir
 
-    with Workdir(workdir) as run:
-        result = train(config, run, time.monotonic())
+    remedy = "type the same command again to go on"
+    try:
+        with StopSignals() as signals, Workdir(workdir) as run:
+            result = train(config, run, time.monotonic(), signals)
+    except Stopped as stop:
+        raise RunError(str(workdir), f"stopped by {stop.signal}", remedy) from None
     if "valid" not in result:
-        raise RunError(
-            str(workdir),
-            f"stopped by {result['stopped']} at update {result['steps']}",
-            "type the same command again to go on",
-        )
+        what = f"stopped by {result['stopped']} at update {result['steps']}"
+        raise RunError(str(workdir), what, remedy)
 
 
 def _test(folder: Path, part: Part, sources: Sources) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from pref_jax import hosts
 from pref_jax.data.batches import BatchPlan, Update
-from pref_jax.errors import RunError
+from pref_jax.errors import RunError, Stopped
 from pref_jax.training.checkpoints import Checkpoints
 from pref_jax.training.progress import Progress, StopSignals
 from pref_jax.training.records import MetricLog
@@ -96,7 +96,7 @@ class TrainingLoop:
         *,
         train_step: Callable[[TrainState, Update], tuple[TrainState, dict[str, jax.Array]]],
         place: Callable[[Update], Update],
-        evaluate: Callable[[TrainState], Mapping[str, float]],
+        evaluate: Callable[[TrainState, Callable[[int], None]], Mapping[str, float]],
         plan: BatchPlan,
         checkpoints: Checkpoints,
         metrics: MetricLog,
@@ -109,7 +109,8 @@ class TrainingLoop:
         Args:
           train_step: the compiled update.
           place: puts a packed update onto the devices.
-          evaluate: metrics on the held-out rows, ``loss`` among them.
+          evaluate: metrics on the held-out rows, ``loss`` among them; calls its second argument
+            after every batch, which may end it.
           plan: the batch plan.
           checkpoints, metrics: where results go.
           limits: when to do what.
@@ -129,13 +130,23 @@ class TrainingLoop:
         self._eval_seconds: float | None = None
         self._unreported = 0  # rows since the last line of progress
 
-    def run(self, state: TrainState, step: int, history: History) -> tuple[TrainState, str | None]:
+    def run(
+        self,
+        state: TrainState,
+        step: int,
+        history: History,
+        signals: StopSignals,
+        *,
+        evaluated: bool = True,
+    ) -> tuple[TrainState, str | None]:
         """Trains from ``step`` updates on.
 
         Args:
           state: the state to go on from; it is donated.
           step: updates done.
           history: is kept up to date.
+          signals: say when to stop.
+          evaluated: whether the evaluation after ``step`` was done, where one was due.
 
         Returns:
           the last state, and why the loop stopped early: a signal's name, "max_hours" or None.
@@ -143,20 +154,19 @@ class TrainingLoop:
         Raises:
           RunError: a loss or gradient is not finite, or a checkpoint could not be written.
         """
-        limits, self._history = self._limits, history
-        if step >= limits.total_steps:
-            return state, None
+        limits, self._history, self._signals = self._limits, history, signals
         stopped: str | None = None
-        updates = read_ahead(self._plan, step, limits.total_steps)
-        upcoming = self._place(next(updates))
-        with (
-            StopSignals() as signals,
-            Progress(
-                limits.total_steps, initial=step, description="train", shown=hosts.is_leader()
-            ) as self._progress,
-        ):
+        with Progress(
+            limits.total_steps, initial=step, description="train", shown=hosts.is_leader()
+        ) as self._progress:
             self._mark = time.monotonic()
-            while step < limits.total_steps:
+            if not evaluated and self._is_due(step):  # a signal came before its end
+                stopped = self._settle(state, step, None, evaluate=True, save=True)
+            if stopped is None and step < limits.total_steps:
+                updates = read_ahead(self._plan, step, limits.total_steps)
+                upcoming = self._place(next(updates))
+                self._mark = time.monotonic()
+            while stopped is None and step < limits.total_steps:
                 state, values = self._train_step(state, upcoming)
                 previous, self._pending = self._pending, (step, values)
                 step += 1
@@ -166,22 +176,23 @@ class TrainingLoop:
                 last = step == limits.total_steps
                 if not last:
                     # One message per update; all hosts stop after the same one.
-                    stopped = hosts.first("stop", self._wish(signals))
-                evaluate = last or step % limits.eval_every == 0
+                    stopped = hosts.first("stop", self._wish())
                 # The wall-clock limit ends a run: it leaves an evaluated model behind.
-                evaluate = evaluate or stopped == "max_hours"
+                evaluate = self._is_due(step) or stopped == "max_hours"
                 save = last or stopped is not None or step % limits.checkpoint_every == 0
                 if evaluate or save:
-                    self._settle(state, step, evaluate, save)
-                if stopped:
-                    break
+                    stopped = self._settle(state, step, stopped, evaluate=evaluate, save=save)
         self._checkpoints.wait()
         return state, stopped
 
-    def _wish(self, signals: StopSignals) -> str | None:
+    def _is_due(self, step: int) -> bool:
+        """Whether update ``step`` is followed by an evaluation."""
+        return step == self._limits.total_steps or step % self._limits.eval_every == 0
+
+    def _wish(self) -> str | None:
         """Why this host wants to stop now."""
-        if signals.requested is not None:
-            return signals.requested
+        if self._signals.requested is not None:
+            return self._signals.requested
         return "max_hours" if self._time_is_up() else None
 
     def _record(self, entry: tuple[int, dict[str, jax.Array]] | None) -> None:
@@ -215,16 +226,34 @@ class TrainingLoop:
             self._progress.update(step + 1, rows=self._unreported, loss=values["loss"])
             self._unreported = 0
 
-    def _settle(self, state: TrainState, step: int, evaluate: bool, save: bool) -> None:
-        """Brings metrics up to date; evaluates and saves where that is due."""
+    def _settle(
+        self, state: TrainState, step: int, stopped: str | None, *, evaluate: bool, save: bool
+    ) -> str | None:
+        """Brings metrics up to date; evaluates and saves where that is due.
+
+        A signal leaves no time for an evaluation: the checkpoint without one tells the next start
+        to make up for it.
+
+        Args:
+          stopped: why the loop stops after this.
+
+        Returns:
+          the same, or the signal that ended the evaluation.
+        """
         pending, self._pending = self._pending, None
         self._record(pending)
         loss: float | None = None
         history = self._history
-        if evaluate:
+        values: Mapping[str, float] | None = None
+        if evaluate and stopped in (None, "max_hours"):
             started = time.monotonic()
+            try:
+                values = dict(self._evaluate(state, lambda _: self._signals.check()))
+            except Stopped as stop:
+                stopped, save = stop.signal, True
+        if values is not None:
             # Summed on each host; the last bit decides which checkpoint is the best.
-            values = hosts.broadcast("evaluation", dict(self._evaluate(state)))
+            values = hosts.broadcast("evaluation", values)
             self._eval_seconds = time.monotonic() - started
             loss = float(values["loss"])
             self._metrics.write(step, "valid", values)
@@ -244,6 +273,7 @@ class TrainingLoop:
         if save:
             self._checkpoints.save(step, state, history.describe(loss), before=self._metrics.sync)
         self._mark = time.monotonic()
+        return stopped
 
     def _time_is_up(self) -> bool:
         """Whether another update could leave too little time to evaluate and save."""

@@ -1,13 +1,18 @@
 """What a waiting person sees, and how a run is asked to stop."""
 
+import contextlib
 import io
 import math
+import os
 import signal
 import sys
 import time
 from collections.abc import Mapping
 from types import FrameType, TracebackType
 from typing import Any, Self, TextIO
+
+from pref_jax import hosts
+from pref_jax.errors import Stopped
 
 
 class Progress:
@@ -136,10 +141,19 @@ class StopSignals:
 
     Attributes:
       requested: the signal's name, such as "SIGTERM"; None while nobody asked.
+      saving: whether there is something to save, so that a signal is only noted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, at_once: bool = False) -> None:
+        """Sets nothing yet.
+
+        Args:
+          at_once: whether a signal ends the process, with one line and exit code 0, while there
+            is nothing to save; several hosts end together at the next `check` instead.
+        """
         self.requested: str | None = None
+        self.saving = False
+        self._at_once = at_once
         self._former: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -158,8 +172,21 @@ class StopSignals:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._former.clear()
 
+    def check(self) -> None:
+        """All hosts come here; raises `Stopped` on all of them where one was asked to stop."""
+        name = hosts.first("stop", self.requested)
+        if name is not None:
+            raise Stopped(name)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if number == signal.SIGINT and self.requested == name:
             raise KeyboardInterrupt
         self.requested = name
+        if self._at_once and not self.saving and hosts.count() == 1:
+            # No exception: callbacks drop it, and imports of extensions turn it into others.
+            with contextlib.suppress(OSError, RuntimeError, ValueError):
+                sys.stdout.flush()
+            with contextlib.suppress(OSError):
+                os.write(1, f"{Stopped(name)}\n".encode())
+            os._exit(0)

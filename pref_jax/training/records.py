@@ -67,16 +67,22 @@ class MetricLog:
         except OSError as error:
             raise write_error(self.path, error) from error
 
-    def drop_after(self, step: int) -> None:
+    def drop_after(self, step: int, *, evaluated: bool = True) -> None:
         """Removes the lines of later steps, and any that cannot be read.
 
         Called after a checkpoint of ``step`` was restored, so that every step stands once.
+
+        Args:
+          evaluated: whether the checkpoint knows of the evaluation of its step; else that one's
+            line goes, too.
         """
         kept, before = [], self.path.read_bytes()
         for line in before.splitlines(keepends=True):
             try:
                 row = json.loads(line)
                 keep = row["step"] <= step
+                if row["step"] == step and row["split"] == "valid":
+                    keep = evaluated
             except (ValueError, TypeError, KeyError):
                 keep = False
             if keep:
@@ -112,7 +118,7 @@ class UnwrittenLog(MetricLog):
     def sync(self) -> None:
         pass
 
-    def drop_after(self, step: int) -> None:
+    def drop_after(self, step: int, *, evaluated: bool = True) -> None:
         pass
 
     def close(self) -> None:

@@ -5,7 +5,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -34,6 +34,7 @@ from pref_jax.training.checkpoints import Checkpoints
 from pref_jax.training.goals import Goal, make_goal, read_data
 from pref_jax.training.loop import History, Limits, TrainingLoop
 from pref_jax.training.optimizer import make_optimizer, make_schedule
+from pref_jax.training.progress import StopSignals
 from pref_jax.training.records import MetricLog, UnwrittenLog
 from pref_jax.training.state import TrainState, abstract_state, create_state, merge_parameters
 from pref_jax.training.step import abstract_update, make_train_step
@@ -150,13 +151,16 @@ def count_steps(config: ConfigDict, steps_per_epoch: int) -> int:
     return max(1, math.ceil(wanted - 1e-9))
 
 
-def train(config: ConfigDict, workdir: Workdir, started: float) -> dict[str, Any]:
+def train(
+    config: ConfigDict, workdir: Workdir, started: float, signals: StopSignals
+) -> dict[str, Any]:
     """Trains, or goes on with, the run in ``workdir``.
 
     Args:
       config: checked config.
       workdir: held by this process.
       started: `time.monotonic` at the start of the process, from which ``max_hours`` counts.
+      signals: say when to stop; they are told when there is something to save.
 
     Returns:
       What ``result.json`` holds; where the run was stopped by a signal, ``stopped`` and ``steps``.
@@ -164,6 +168,7 @@ def train(config: ConfigDict, workdir: Workdir, started: float) -> dict[str, Any
     Raises:
       InputError: anything about config, data or weights.
       RunError: the run failed on its way.
+      Stopped: a signal came before the first update, or after the last evaluation.
     """
     path = workdir.path
     data = read_data(config)
@@ -171,6 +176,7 @@ def train(config: ConfigDict, workdir: Workdir, started: float) -> dict[str, Any
     experiment = Experiment(config, backbone)
     goal = make_goal(experiment, data)
     _agree(config, goal, backbone)
+    signals.check()
     steps_per_epoch = -(-len(goal.train_numbers) // config.train.batch_size)
     total_steps = count_steps(config, steps_per_epoch)
     # A new folder gets no config of weights that turn out to be broken or of another model, so
@@ -194,7 +200,7 @@ def train(config: ConfigDict, workdir: Workdir, started: float) -> dict[str, Any
 
     log_parts(experiment)
     with shortage_explained(experiment, "train"):
-        result = _run(experiment, goal, workdir, started, base, total_steps)
+        result = _run(experiment, goal, workdir, started, signals, base, total_steps)
     if hosts.is_leader() and "best_step" in result:
         workdir.write_result(result)
     return result
@@ -205,6 +211,7 @@ def _run(
     goal: Goal,
     workdir: Workdir,
     started: float,
+    signals: StopSignals,
     base: Any,
     total_steps: int,
 ) -> dict[str, Any]:
@@ -220,6 +227,7 @@ def _run(
 
     abstract = compiled.abstract
     executable = compiled.executable
+    signals.check()
     logger.info(
         "compiled the update in %.1f s (compilations: %d)",
         compiled.compile_seconds,
@@ -238,9 +246,10 @@ def _run(
     ):
         # Resume; else start from the base. Nothing of a base is read where a checkpoint has it.
         restored = checkpoints.restore_latest(abstract)
+        evaluated = True
         if restored is not None:
             step, state, info = restored
-            history = History.read(info)
+            history, evaluated = History.read(info), info["valid_loss"] is not None
             frozen = load_frozen(experiment)
             logger.info("resumed %s at update %d of %d", path, step, total_steps)
         else:
@@ -249,7 +258,9 @@ def _run(
             state = create_state(trainable, compiled.optimizer, abstract)
             del trainable  # the state has its own copy
         del base
-        metrics.drop_after(step)
+        signals.saving = True
+        signals.check()
+        metrics.drop_after(step, evaluated=evaluated)
         evaluator = _Evaluator(predictor, goal, valid_samples, frozen)
         hours = config.train.max_hours
         loop = TrainingLoop(
@@ -270,7 +281,7 @@ def _run(
             describe_rows=goal.describe,
             describe_memory=lambda: describe_use(experiment.mesh.local_devices[0]),
         )
-        state, stopped = loop.run(state, step, history)
+        state, stopped = loop.run(state, step, history, signals, evaluated=evaluated)
         steps = int(state.step)
         if stopped not in (None, "max_hours"):
             logger.info(
@@ -280,11 +291,12 @@ def _run(
                 total_steps,
             )
             return {"steps": steps, "stopped": stopped}
+        signals.saving = False
         best = history.best_step
         if best != evaluator.step:
             kept = judged_name(config)
             restored_state, _ = checkpoints.restore(best, {kept: abstract.judged})
-            evaluator.score(restored_state[kept], best)
+            evaluator.score(restored_state[kept], best, lambda _: signals.check())
     assert evaluator.logits is not None
     logger.info("%s", describe_use(experiment.mesh.local_devices[0]))
     # All hosts compute the same here, and the leader writes.
@@ -354,12 +366,15 @@ class _Evaluator:
         self.step = -1
         self.logits: np.ndarray | None = None
 
-    def __call__(self, state: TrainState) -> Mapping[str, float]:
-        return self._goal.measure(self.score(state.judged, int(state.step)))
+    def __call__(self, state: TrainState, report: Callable[[int], None]) -> Mapping[str, float]:
+        return self._goal.measure(self.score(state.judged, int(state.step), report))
 
-    def score(self, params: Any, step: int) -> np.ndarray:
+    def score(self, params: Any, step: int, report: Callable[[int], None]) -> np.ndarray:
+        """Logits of the held-out samples; ``report`` is called after every batch."""
         merged = merge_parameters(params, self._frozen)
-        self.logits = self._predictor.logits(merged, self._samples, self._goal.valid_numbers)
+        self.logits = self._predictor.logits(
+            merged, self._samples, self._goal.valid_numbers, report=report
+        )
         self.step = step
         return self.logits
 

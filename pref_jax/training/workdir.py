@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from pref_jax import hosts, locks
 from pref_jax.bucket import is_url
-from pref_jax.errors import InputError
+from pref_jax.errors import InputError, Stopped
 from pref_jax.files import make_folder, plain, read_json, write_json
 from pref_jax.training.mirror import Mirror
 
@@ -101,7 +101,7 @@ class Workdir:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.release(failed=error is not None)
+        self.release(failed=error is not None and not isinstance(error, Stopped))
 
     def acquire(self) -> None:
         """Makes the folder and takes it; at once, or an `InputError` that names the holder."""

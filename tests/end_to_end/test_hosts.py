@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import os
 import shutil
 import signal
 import socket
+from collections.abc import Callable, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +25,7 @@ from rig import (
     read_arrays,
     read_lines,
     start,
+    stop_at,
     wait_for,
 )
 
@@ -70,9 +73,18 @@ def arguments(arena: Path) -> tuple[str, ...]:
 
 
 def launch(
-    folder: Path, name: str, *shared: object, own: tuple[str, ...] = ("", ""), timeout: int = 60
+    folder: Path,
+    name: str,
+    *shared: object,
+    own: tuple[str, ...] = ("", ""),
+    timeout: int = 60,
+    before: Sequence[Callable[[], None] | None] = (None, None),
 ) -> Pair:
-    """Starts one command on two hosts; ``own`` is what only one of them is told."""
+    """Starts one command on two hosts; ``own`` is what only one of them is told.
+
+    Args:
+      before: is called in each process before the command.
+    """
     with socket.create_server(("127.0.0.1", 0)) as server:
         place = f"127.0.0.1:{server.getsockname()[1]}"
     logs = [folder / f"log{host}" for host in (0, 1)]
@@ -81,7 +93,9 @@ def launch(
         log.write_text("")
         flags = [f"--coordinator={place}", "--num_hosts=2", f"--host={host}"]
         flags += [f"--host_timeout={timeout}", *filter(None, [own[host]])]
-        processes.append(start(log, name, *shared, *flags, devices=4, xla_flags=QUICKLY))
+        processes.append(
+            start(log, name, *shared, *flags, devices=4, xla_flags=QUICKLY, before=before[host])
+        )
     return Pair(processes, logs)
 
 
@@ -237,6 +251,25 @@ def test_loss_and_stop_change_nothing(
     assert f"stopped by SIGTERM and saved at update {stopped} of {STEPS}" in said[0]
     assert lost <= stopped < STEPS and (workdir / "checkpoints" / str(stopped)).is_dir()
     assert not (workdir / "result.json").exists()
+
+    assert_goes_on(tmp_path, command, run)
+
+
+def test_stop_outside_the_updates_changes_nothing(
+    arguments: tuple[str, ...], run: Path, tmp_path: Path
+) -> None:
+    """One host is asked to stop in an evaluation, later both before their first update."""
+    workdir = tmp_path / "run"
+    command = "train", *arguments, f"--workdir={workdir}"
+    in_evaluation = functools.partial(stop_at, "pref_jax.evaluation.predict:Predictor.logits", 1)
+    said = end(launch(tmp_path, *command, before=(None, in_evaluation)), 0, 0)
+    assert f"stopped by SIGTERM and saved at update 5 of {STEPS}" in said[0]
+    assert [row["split"] for row in read_lines(workdir)] == ["train"] * 5
+
+    early = functools.partial(stop_at, "pref_jax.training.run:make_plan", 1)
+    said = end(launch(tmp_path, *command, before=(early, early)), 0, 0)
+    assert said[0].endswith("stopped by SIGTERM; nothing is lost, the same command goes on\n")
+    assert count_updates(workdir) == 5
 
     assert_goes_on(tmp_path, command, run)
 

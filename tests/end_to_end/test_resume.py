@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -21,6 +22,7 @@ from rig import (
     read_arrays,
     read_lines,
     start,
+    stop_at,
     wait_for,
 )
 
@@ -123,6 +125,59 @@ def test_signals_stop_cleanly(run_arguments: tuple[str, ...], run: Path, tmp_pat
     assert f"resumed {workdir} at update {stopped}" in said_last
     # An extra checkpoint is no difference; an evaluation would be one.
     assert_same(workdir, run)
+
+
+def test_signal_in_an_evaluation_stops_before_its_end(
+    run_arguments: tuple[str, ...], run: Path, tmp_path: Path
+) -> None:
+    """The checkpoint is saved without it, and the next start makes up for it first."""
+    workdir, log = tmp_path / "run", tmp_path / "log"
+    command = "train", *run_arguments, f"--workdir={workdir}"
+    score = "pref_jax.evaluation.predict:Predictor.logits"
+    # In the first evaluation, in the same one once more, and in the one after the last update.
+    for call_number, stopped in ((1, 6), (1, 6), (8, UPDATES)):
+        process = start(log, *command, before=functools.partial(stop_at, score, call_number))
+        said = finish(process, log).splitlines()
+        assert f"stopped by SIGTERM and saved at update {stopped} of {UPDATES}" in said[-2]
+        assert count_updates(workdir) == stopped
+        lines = [row["step"] for row in read_lines(workdir) if row["split"] == "valid"]
+        assert lines == list(range(6, stopped, 6))
+        assert (workdir / "checkpoints" / str(stopped)).is_dir()
+    # A kill behind the line of the evaluation, before its checkpoint knows of it.
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": UPDATES, "split": "valid", "loss": 1.0}) + "\n")
+    before = functools.partial(stop_at, "pref_jax.training.goals:PreferenceGoal.conclude", 1)
+    said = finish(start(log, *command, before=before), log).splitlines()
+    assert said[-1] == "stopped by SIGTERM; nothing is lost, the same command goes on"
+    assert not (workdir / "result.json").exists()
+    finish(start(log, *command), log)
+    assert_same(workdir, run)
+    ours, theirs = (
+        json.loads((folder / f"checkpoints/{UPDATES}/manifest.json").read_text())["info"]
+        for folder in (workdir, run)
+    )
+    assert ours | {"train_seconds": 0} == theirs | {"train_seconds": 0}
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("pref_jax.hosts:start_jax", "SIGTERM"),
+        ("pref_jax.training.run:make_plan", "SIGINT"),  # while a thread compiles
+        ("pref_jax.training.checkpoints:Checkpoints.restore_latest", "SIGTERM"),
+    ],
+)
+def test_signal_before_the_first_update_stops_cleanly(
+    run_arguments: tuple[str, ...], tmp_path: Path, place: str, name: str
+) -> None:
+    workdir, log = tmp_path / "run", tmp_path / "log"
+    before = functools.partial(stop_at, place, 1, name)
+    said = finish(start(log, "train", *run_arguments, f"--workdir={workdir}", before=before), log)
+    assert said.splitlines()[-1] == f"stopped by {name}; nothing is lost, the same command goes on"
+    assert said.count("stopped by") == 1 and "Traceback" not in said and "error" not in said
+    assert count_updates(workdir) == 0
+    with Workdir(workdir):  # it was given back
+        pass
 
 
 def test_time_limit_stops_saved_and_evaluated(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pref_jax import files
-from pref_jax.errors import InputError, RunError
+from pref_jax.errors import InputError, RunError, Stopped
 from pref_jax.files import plain, write_json
 from pref_jax.training.progress import Progress, StopSignals
 from pref_jax.training.workdir import (
@@ -218,6 +218,13 @@ def test_first_signal_is_a_wish_and_the_second_interrupt_ends_at_once():
     former = signal.getsignal(signal.SIGINT)
     with StopSignals() as stop:
         assert stop.requested is None
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.requested == "SIGTERM"
+        with pytest.raises(Stopped, match=r"^stopped by SIGTERM; nothing is lost"):
+            stop.check()
+    with StopSignals(at_once=True) as stop:
+        stop.check()
+        stop.saving = True
         signal.raise_signal(signal.SIGTERM)
         assert stop.requested == "SIGTERM"
     with StopSignals() as stop:
