@@ -157,3 +157,22 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray, tie_allowed: np.ndar
         return float(measure_row_losses(probabilities, labels).mean())
 
     return float(np.exp(minimize_scalar(loss, bounds=(-2.5, 2.5), method="bounded").x))
+
+
+def calibrate(
+    logits: np.ndarray, labels: np.ndarray, tie_allowed: np.ndarray
+) -> tuple[float, np.ndarray]:
+    """The temperature for other rows, and probabilities ``[n, 3]`` to judge it by.
+
+    The temperature is fitted to all rows, the probabilities of every second row by that of the
+    others: rows that a temperature was fitted to would flatter it.
+    """
+    probabilities = np.zeros(np.shape(logits))
+    for first in range(2):
+        half, others = slice(first, None, 2), slice(1 - first, None, 2)
+        known = others if len(labels) > 1 else slice(None)
+        temperature = fit_temperature(logits[known], labels[known], tie_allowed[known])
+        probabilities[half] = to_probabilities(
+            logits[half], temperature=temperature, tie_allowed=tie_allowed[half]
+        )
+    return fit_temperature(logits, labels, tie_allowed), probabilities

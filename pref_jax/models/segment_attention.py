@@ -172,6 +172,8 @@ def _attend(
     return _attend_forward(query_NxFxH, key_NxFxH, value_NxFxH, segments, words, sizes, rate)[0]
 
 
+# Both passes are traced once for all layers of a network: they differ by their arguments only.
+@functools.partial(jax.jit, static_argnums=(5, 6))
 def _attend_forward(
     query_NxFxH: jax.Array,
     key_NxFxH: jax.Array,
@@ -209,6 +211,16 @@ def _attend_forward(
 
 
 def _attend_backward(sizes: tuple[int, int], rate: float, saved: Any, d_out: jax.Array) -> tuple:
+    segments, words = saved[3:5]
+    no_gradient = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), (segments, words))
+    return (*_gradients(sizes, rate, saved, d_out), *no_gradient)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _gradients(
+    sizes: tuple[int, int], rate: float, saved: Any, d_out: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Those of query, key and value."""
     query, key, value, segments, words, out, log_sums = saved
     heads, flat, _ = query.shape
     dtype = query.dtype
@@ -238,8 +250,7 @@ def _attend_backward(sizes: tuple[int, int], rate: float, saved: Any, d_out: jax
 
     start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (query, key, value))
     gradients = _visit(segments, flat, sizes, visit, start)
-    no_gradient = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), (segments, words))
-    return (*(gradient.astype(dtype) for gradient in gradients), *no_gradient)
+    return tuple(gradient.astype(dtype) for gradient in gradients)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -29,7 +29,7 @@ from pref_jax.evaluation.baselines import (
     sample_rows,
 )
 from pref_jax.evaluation.metrics import measure_row_losses
-from pref_jax.evaluation.predict import fit_temperature, to_probabilities
+from pref_jax.evaluation.predict import calibrate, to_probabilities
 from pref_jax.evaluation.predictions import FILE as PREDICTIONS_FILE
 from pref_jax.evaluation.predictions import Predictions
 from pref_jax.evaluation.rating_metrics import (
@@ -186,10 +186,11 @@ class PreferenceGoal:
         labels, tie_allowed = self._labels
         temperature = 1.0
         if self._config.eval.calibrate:
-            temperature = fit_temperature(logits, labels, tie_allowed)
+            temperature, probabilities = calibrate(logits, labels, tie_allowed)
             if hosts.is_leader():
                 write_json(workdir / "calibration.json", {"temperature": temperature})
-        probabilities = to_probabilities(logits, temperature=temperature, tie_allowed=tie_allowed)
+        else:
+            probabilities = to_probabilities(logits, tie_allowed=tie_allowed)
         predictions = Predictions.collect(self._data.valid, probabilities, self._data.valid_rows)
         if hosts.is_leader():
             predictions.write(workdir / PREDICTIONS_FILE)
