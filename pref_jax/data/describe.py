@@ -252,13 +252,13 @@ def _example(
     comparisons: Comparisons, tokens: Tokens, tokenizer: Tokenizer, form: Form, row: int
 ) -> dict[str, Any]:
     segments, layout = tokens[row], form.layout
+    marker = np.full(len(form.marker), -1)  # the place of no token
     sequences = []
     for pick in _picks(layout):
         kept = kept_lengths(tokens.lengths[row : row + 1, pick], layout)[0]
         parts = []
         for column, count in zip(pick, kept.tolist(), strict=True):
             ids = segments[column]
-            marker = np.full(len(form.marker), -1)
             places = cut(np.arange(len(ids)), count, layout.truncation, marker)
             gone = np.setdiff1d(np.arange(len(ids)), places)
             first = int(gone[0]) if len(gone) else len(ids)

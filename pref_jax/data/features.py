@@ -145,7 +145,6 @@ def make_features(
     form = Form(layout, tokenizer)
     settings = {**asdict(form.layout), "budget": [str(share) for share in layout.budget]}
     settings["fixed"] = [piece.tolist() for piece in form.fixed]
-    settings["marker"] = form.marker.tolist()
     tokens_key = _tokens_key(comparisons, tokenizer)
     key = _hash([tokens_key, {name: str(value) for name, value in settings.items()}])
 

@@ -16,7 +16,7 @@ from pref_jax.data.arena import Comparisons, read_comparisons
 from pref_jax.data.batches import Samples
 from pref_jax.errors import InputError
 from pref_jax.evaluation.baselines import Baselines, count_response_words
-from pref_jax.evaluation.predict import to_probabilities
+from pref_jax.evaluation.predict import Predictor, to_probabilities
 from pref_jax.evaluation.predictions import Predictions
 from pref_jax.evaluation.rating_metrics import (
     RatingBaselines,
@@ -44,16 +44,21 @@ def score(
     """
     if run.experiment.config.model.symmetric:
         swap_average = False
-    count = len(comparisons)
-    if not swap_average or swap_share <= 0:
-        return _probabilities(run, run.experiment.make_samples(comparisons), np.arange(count))
-    samples = run.experiment.make_samples(comparisons, orders=2)
+    samples = run.experiment.make_samples(comparisons, orders=2 if swap_average else 1)
+    predictor, count = run.experiment.make_predictor(), len(comparisons)
+
+    def ask(numbers: np.ndarray) -> np.ndarray:
+        logits = _score_samples(run, predictor, samples, numbers)
+        return to_probabilities(logits, temperature=run.temperature)
+
+    if not swap_average:
+        return ask(np.arange(count))
     if swap_share >= 1:
-        first, second = np.split(_probabilities(run, samples, np.arange(2 * count)), 2)
+        first, second = np.split(ask(np.arange(2 * count)), 2)
         return (first + second[:, [1, 0, 2]]) / 2.0
-    probabilities = _probabilities(run, samples, np.arange(count))
+    probabilities = ask(np.arange(count))
     rows = closest_rows(probabilities, swap_share)
-    exchanged = _probabilities(run, samples, count + rows)
+    exchanged = ask(count + rows)
     probabilities[rows] = (probabilities[rows] + exchanged[:, [1, 0, 2]]) / 2.0
     return probabilities
 
@@ -73,21 +78,19 @@ def closest_rows(probabilities: np.ndarray, share: float) -> np.ndarray:
     return np.sort(ranked[:count])
 
 
-def _probabilities(run: Run, samples: Samples, numbers: np.ndarray) -> np.ndarray:
-    logits = _score_samples(run, samples, numbers)
-    return to_probabilities(logits, temperature=run.temperature)
-
-
 def score_responses(run: Run, comparisons: Comparisons) -> np.ndarray:
     """A multi-task run's probabilities ``[2 * rows, H, C]`` of each rating of each response."""
     properties = run.experiment.properties
     assert properties is not None
     samples = run.experiment.make_samples(comparisons)
-    logits = _score_samples(run, samples, np.arange(len(samples.labels)))
+    predictor = run.experiment.make_predictor()
+    logits = _score_samples(run, predictor, samples, np.arange(len(samples.labels)))
     return to_rating_probabilities(logits, len(properties.ratings))
 
 
-def _score_samples(run: Run, samples: Samples, numbers: np.ndarray) -> np.ndarray:
+def _score_samples(
+    run: Run, predictor: Predictor, samples: Samples, numbers: np.ndarray
+) -> np.ndarray:
     with (
         shortage_explained(run.experiment, "predict"),
         Progress(
@@ -101,7 +104,7 @@ def _score_samples(run: Run, samples: Samples, numbers: np.ndarray) -> np.ndarra
             done += more
             progress.update(done, rows=more)
 
-        return run.experiment.make_predictor().logits(run.params, samples, numbers, report=report)
+        return predictor.logits(run.params, samples, numbers, report=report)
 
 
 def predict(

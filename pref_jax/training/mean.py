@@ -1,22 +1,19 @@
 """One run out of several: the mean of their adapters and heads."""
 
-import json
 import logging
-import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from pref_jax.errors import InputError
 from pref_jax.evaluation.baselines import FILE as BASELINES_FILE
 from pref_jax.experiment import (
     Backbone,
-    Experiment,
     Run,
     load_run,
     make_scoring_experiment,
@@ -69,7 +66,8 @@ def mean_adapters(
         elif _base_of(loaded) != _base_of(first):
             raise InputError(run, f"its base is not that of {runs[0]}", "name runs of one base")
         trainable, _ = loaded.experiment.split(loaded.params)
-        trees.append({_path(path): np.asarray(leaf) for path, leaf in _leaves(trainable)})
+        flat = traverse_util.flatten_dict(trainable, sep="/")
+        trees.append({name: np.asarray(leaf) for name, leaf in flat.items()})
         losses.append(_best_loss(loaded))
         if loaded.temperature != 1.0:
             logger.warning("%s: its temperature is not carried over to the mean", run)
@@ -77,8 +75,7 @@ def mean_adapters(
     assert first is not None
 
     config = configs[0].copy_and_resolve_references()
-    lora = config.model.lora
-    scale = lora.alpha / (math.sqrt(lora.rank) if lora.rank_stabilised else lora.rank)
+    lora, scale = config.model.lora, first.experiment.model.lora.scale
     lora.rank *= len(runs)
     lora.alpha, lora.rank_stabilised = scale * lora.rank, False
     config.train.ema = 0.0  # what is judged is what is kept
@@ -91,7 +88,7 @@ def _check(run: str, config: ConfigDict, first: str, like: ConfigDict) -> None:
     if not config.model.lora.rank:
         raise InputError(run, "it was trained without adapters", "leave it out")
     for section in _SHARED:
-        ours, theirs = (json.loads(each[section].to_json_best_effort()) for each in (config, like))
+        ours, theirs = (each[section].to_dict() for each in (config, like))
         if section == "model":  # where the base lies may differ; its content is compared later
             ours["pretrained"] = theirs["pretrained"] = None
         for name in ours:
@@ -109,14 +106,6 @@ def _base_of(run: Run) -> tuple[Any, Any]:
 def _best_loss(run: Run) -> float:
     checkpoints = Checkpoints(run.workdir / "checkpoints", keep=1, read_only=True)
     return float(checkpoints.infos()[run.step]["valid_loss"])
-
-
-def _leaves(tree: Any) -> list[tuple[Any, Any]]:
-    return jax.tree_util.tree_flatten_with_path(tree)[0]
-
-
-def _path(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _mean(name: str, leaves: list[np.ndarray], weights: np.ndarray) -> np.ndarray:
@@ -142,11 +131,10 @@ def _write(
     backbone = first.experiment.backbone
     tokenizer = first.workdir / "tokenizer"
     written = config.copy_and_resolve_references()
-    experiment: Experiment = make_scoring_experiment(
+    experiment = make_scoring_experiment(
         config, Backbone(backbone.architecture, tokenizer, backbone.base)
     )
-    trainable, _ = experiment.split(experiment.abstract_params)
-    params = jax.tree_util.tree_map_with_path(lambda path, _: merged[_path(path)], trainable)
+    params = traverse_util.unflatten_dict(merged, sep="/")
     with Workdir(output) as workdir:
         workdir.settle_config(written.to_dict())
         experiment.write_model(workdir.path, {run: run_digest(local_run(run)) for run in runs})

@@ -118,12 +118,15 @@ def read_gguf_config(path: Path) -> "LlamaConfig":
       InputError: another architecture, a missing field, or a scaling of positions that the file
         holds only as numbers and that is not LLaMA 3.1's.
     """
+    return _make_config(path, *_read(path))
+
+
+def _make_config(path: Path, header: Header, stored: list["_Stored"]) -> "LlamaConfig":
     import numpy as np
 
     from pref_jax.models.llama import LlamaConfig
     from pref_jax.models.rope import RopeConfig, inverse_frequencies
 
-    header, stored = _read(path)
     family = _field(path, header, "general.architecture")
     if family != "llama":
         raise InputError(str(path), f"its architecture is {family!r}", "llama can be loaded")
@@ -263,9 +266,10 @@ def open_gguf(path: Path) -> Iterator[dict[str, Tensor]]:
     Raises:
       InputError: the file is damaged, or holds a tensor that no LLaMA has.
     """
-    config = read_gguf_config(path)
+    header, stored = _read(path)
+    config = _make_config(path, header, stored)
     found: dict[str, Tensor] = {}
-    for tensor in _read(path)[1]:
+    for tensor in stored:
         if tensor.name == _ROPE:
             continue  # read with the configuration
         key = _WHOLE.get(tensor.name) or _key_of_layer(path, tensor.name)
