@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from pref_jax.models.products import matmul
+
 # Standard deviation of new weights: `initializer_range` of BERT's published configurations.
 INITIALIZER_RANGE = 0.02
 
@@ -32,12 +34,7 @@ class Dense(nn.Module):
             (x.shape[-1], self.features),
             jnp.float32,
         )
-        y = lax.dot_general(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
-            (((x.ndim - 1,), (0,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )
+        y = matmul(x, kernel, self.dtype, jnp.float32)
         if self.use_bias:
             bias = self.param(
                 "bias",

@@ -17,13 +17,13 @@ to the scale's value, and need no block across devices.
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+
+from pref_jax.models import products
 
 METHODS = ("none", "int8", "nf4")
 BLOCK = 64  # weights along the input axis that share an nf4 scale
@@ -155,44 +155,17 @@ def matmul(x: jax.Array, kernel: jax.Array | Kernel, dtype: jnp.dtype) -> jax.Ar
     """
     if isinstance(kernel, dict):
         return _quantized_product(x, kernel, dtype)
-    return _product(x, kernel, dtype)
-
-
-def _contract(
-    x: jax.Array, axes: Sequence[int], y: jax.Array, axis: Sequence[int], out: jnp.dtype
-) -> jax.Array:
-    return lax.dot_general(x, y, ((tuple(axes), tuple(axis)), ((), ())), preferred_element_type=out)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    return _contract(x.astype(dtype), [x.ndim - 1], kernel.astype(dtype), [0], dtype)
-
-
-def _product_forward(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, Any]:
-    return _product(x, kernel, dtype), (x, kernel)
-
-
-def _product_backward(dtype: jnp.dtype, saved: Any, d_out: jax.Array) -> tuple[Any, Any]:
-    """What JAX would derive rounds the gradient of float32 parameters to ``dtype``."""
-    x, kernel = saved
-    rows = range(x.ndim - 1)
-    d_x = _contract(d_out, [x.ndim - 1], kernel.astype(dtype), [1], dtype)
-    d_kernel = _contract(x.astype(dtype), rows, d_out, rows, jnp.float32)
-    return d_x.astype(x.dtype), d_kernel.astype(kernel.dtype)
-
-
-_product.defvjp(_product_forward, _product_backward)
+    return products.matmul(x, kernel, dtype, dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _quantized_product(x: jax.Array, kernel: Kernel, dtype: jnp.dtype) -> jax.Array:
     if kernel["values"].dtype == jnp.int8:
-        product = _contract(
+        product = products.contract(
             x.astype(dtype), [x.ndim - 1], kernel["values"].astype(dtype), [0], jnp.float32
         )
         return (product * kernel["scales"]).astype(dtype)
-    return _product(x, dequantize(kernel, dtype), dtype)
+    return products.matmul(x, dequantize(kernel, dtype), dtype, dtype)
 
 
 def _quantized_forward(x: jax.Array, kernel: Kernel, dtype: jnp.dtype) -> tuple[jax.Array, Any]:
@@ -207,7 +180,7 @@ def _quantized_backward(dtype: jnp.dtype, saved: Any, d_out: jax.Array) -> tuple
         d_out = (d_out.astype(jnp.float32) * kernel["scales"]).astype(dtype)
     else:
         weights = dequantize(kernel, dtype)
-    d_x = _contract(d_out, [d_out.ndim - 1], weights, [1], dtype).astype(like.dtype)
+    d_x = products.contract(d_out, [d_out.ndim - 1], weights, [1], dtype).astype(like.dtype)
 
     def nothing(leaf: jax.Array) -> Any:
         if jnp.issubdtype(leaf.dtype, jnp.floating):

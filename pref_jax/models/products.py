@@ -1,0 +1,57 @@
+"""Matrix products whose backward pass multiplies in the precision of the forward pass."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def contract(
+    x: jax.Array, axes: Sequence[int], y: jax.Array, axis: Sequence[int], out: jnp.dtype
+) -> jax.Array:
+    """Sums over ``axes`` of ``x`` and ``axis`` of ``y``; the sums are kept in ``out``."""
+    return lax.dot_general(x, y, ((tuple(axes), tuple(axis)), ((), ())), preferred_element_type=out)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def matmul(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype, out: jnp.dtype) -> jax.Array:
+    """``x @ kernel`` and its gradients with operands in ``dtype``.
+
+    What JAX derives for 16-bit operands either rounds the gradient of a float32 kernel to 16 bits
+    (with a 16-bit ``out``) or multiplies both gradients as float32, at a half to a sixteenth of the
+    speed (with a float32 ``out``).
+
+    Args:
+      x: ``[..., in]``.
+      kernel: ``[in, out]``.
+      dtype: of operands.
+      out: of the result; its gradient is rounded to ``dtype``.
+
+    Returns:
+      ``[..., out]``. The gradients have the dtypes of ``x`` and ``kernel``, that of the kernel is
+      summed in float32.
+    """
+    return contract(x.astype(dtype), [x.ndim - 1], kernel.astype(dtype), [0], out)
+
+
+def _forward(
+    x: jax.Array, kernel: jax.Array, dtype: jnp.dtype, out: jnp.dtype
+) -> tuple[jax.Array, Any]:
+    return matmul(x, kernel, dtype, out), (x, kernel)
+
+
+def _backward(
+    dtype: jnp.dtype, out: jnp.dtype, saved: Any, d_out: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    del out
+    x, kernel = saved
+    rows, d_out = range(x.ndim - 1), d_out.astype(dtype)
+    d_x = contract(d_out, [x.ndim - 1], kernel.astype(dtype), [1], dtype)
+    d_kernel = contract(x.astype(dtype), rows, d_out, rows, jnp.float32)
+    return d_x.astype(x.dtype), d_kernel.astype(kernel.dtype)
+
+
+matmul.defvjp(_forward, _backward)
