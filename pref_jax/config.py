@@ -21,7 +21,7 @@ CHOICES = {
     "data.split": ("grouped", "random"),
     "data.swap": ("none", "augment", "both"),
     "input.layout": ("single", "parallel", "response", "decoder"),
-    "input.truncation": ("head", "tail", "head_tail"),
+    "input.truncation": ("head", "tail", "head_tail", "turns"),
     "input.packing": ("auto", "on", "off"),
     "input.tokenizer": ("auto", "tensorflow_text", "tokenizers"),
     "model.pooling": ("cls", "mean", "cls_mean"),
@@ -71,7 +71,7 @@ def default_config() -> ConfigDict:
     config.input.max_length = 512  # tokens per sequence, special tokens among them
     config.input.budget = placeholder(tuple)  # share per segment; None: the paper's for the layout
     config.input.reuse_unused = False  # whether room a short segment leaves goes to longer ones
-    config.input.truncation = "head"  # what of a long segment is kept
+    config.input.truncation = "head"  # what of a long segment is kept; "turns": each turn's head
     # Text that stands where a segment was cut, such as "[...]"; None: nothing does.
     config.input.marker = placeholder(str)
     config.input.template = TEMPLATE  # of the layout "decoder": the text around the segments

@@ -267,9 +267,9 @@ def exchange_responses(comparisons: "Comparisons") -> "Comparisons":
     import pyarrow as pa
 
     table = comparisons.table
-    names = ["response_b" if name == "response_a" else name for name in table.column_names]
-    names[table.column_names.index("response_b")] = "response_a"
-    table = table.rename_columns(names)
+    pairs = (("response_a", "response_b"), ("response_a_ends", "response_b_ends"))
+    other = {a: b for pair in pairs for a, b in (pair, pair[::-1])}
+    table = table.rename_columns([other.get(name, name) for name in table.column_names])
     labels = np.array([1, 0, 2, -1], np.int8)[table.column("label").to_numpy()]
     at = table.column_names.index("label")
     table = table.set_column(at, "label", pa.array(labels, pa.int8()))

@@ -47,6 +47,7 @@ UNLABELLED = -1
 TURN_SEPARATOR = "\n\n"
 
 _READER_VERSION = "comparisons-1"
+_ENTRY_VERSION = 2  # of the columns in the cache
 _EXTENSIONS = (".csv", ".csv.gz", ".parquet")
 _OPTIONAL = ("model_a", "model_b")
 _ROWS_PER_BATCH = 1024
@@ -68,7 +69,9 @@ class Comparisons:
         ``response_b`` (strings, turns joined by a blank line), ``label`` (int8, index into
         :data:`LABELS`, -1 where unlabelled), ``tie_allowed`` (bool), ``turns`` (int32, turns of
         the prompt), ``group`` (uint64, equal for prompts equal up to case, width and white space),
-        ``source`` (string or null), and ``model_a``, ``model_b`` where the file has them.
+        ``source`` (string or null), and ``model_a``, ``model_b`` where the file has them. For each
+        text also its ``_ends`` (such as ``prompt_ends``): the characters at which its turns end,
+        but for the last.
     """
 
     path: str
@@ -155,7 +158,7 @@ def read_comparisons(path: str | os.PathLike[str], *, labelled: bool | None = No
         (folder / "notes.json").write_text(json.dumps(notes), encoding="utf-8")
 
     kind = "unlabelled" if labelled is False else "rows"
-    notes, table = cache.load("comparisons", f"{digest}-{kind}", make, _read_entry)
+    notes, table = cache.load("comparisons", f"{digest}-{kind}-{_ENTRY_VERSION}", make, _read_entry)
     if labelled and not notes["labelled"]:
         _columns_wanted(path, notes["columns"], labelled)
     if notes["empty_texts"]:
@@ -518,6 +521,7 @@ def _schema(models: Sequence[str]) -> pa.Schema:
             ("group", pa.uint64()),
             ("source", pa.string()),
         ]
+        + [(f"{name}_ends", pa.list_(pa.int32())) for name in TEXTS]
         + [(name, pa.string()) for name in models]
     )
 
@@ -547,6 +551,7 @@ def _checked_row(
             ) from None
         empty_texts += _is_empty(raw[name])
         row[name] = TURN_SEPARATOR.join(turns)
+        row[f"{name}_ends"] = _ends(turns)
         if name == "prompt":
             row["turns"] = len(turns)
             row["group"] = _hash(normalise_prompt(turns))
@@ -559,6 +564,14 @@ def _checked_row(
         if name in raw:
             row[name] = None if raw[name] is None else str(raw[name])
     return row
+
+
+def _ends(turns: Sequence[str]) -> list[int]:
+    """Where turns end in the joined text, but for the last."""
+    ends: list[int] = []
+    for turn in turns[:-1]:
+        ends.append((ends[-1] + len(TURN_SEPARATOR) if ends else 0) + len(turn))
+    return ends
 
 
 def _article(what: str) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.compute as compute
 
 from pref_jax.data.arena import LABELS, TIE, Comparisons, iterate_cells, parse_turns
-from pref_jax.data.features import TEXTS, Tokens, make_tokens
+from pref_jax.data.features import TEXTS, Tokens, make_tokens, turn_ends
 from pref_jax.data.segments import SEGMENTS, Form, Layout, cut, kept_lengths
 from pref_jax.data.tokenizers import Tokenizer, load_tokenizer, train_wordpiece
 from pref_jax.errors import InputError
@@ -252,6 +252,7 @@ def _example(
     comparisons: Comparisons, tokens: Tokens, tokenizer: Tokenizer, form: Form, row: int
 ) -> dict[str, Any]:
     segments, layout = tokens[row], form.layout
+    (ends,) = turn_ends(comparisons, tokenizer, range(row, row + 1))
     marker = np.full(len(form.marker), -1)  # the place of no token
     sequences = []
     for pick in _picks(layout):
@@ -259,17 +260,20 @@ def _example(
         parts = []
         for column, count in zip(pick, kept.tolist(), strict=True):
             ids = segments[column]
-            places = cut(np.arange(len(ids)), count, layout.truncation, marker)
-            gone = np.setdiff1d(np.arange(len(ids)), places)
-            first = int(gone[0]) if len(gone) else len(ids)
+            places = cut(np.arange(len(ids)), count, layout.truncation, marker, ends[column])
+            seen = np.isin(np.arange(len(ids)), places)
+            runs = np.split(ids, np.flatnonzero(np.diff(seen)) + 1)
+            seen_first = bool(len(ids)) and bool(seen[0])
             parts.append(
                 {
                     "segment": TEXTS[column],
                     "tokens": len(ids),
-                    "kept": len(ids) - len(gone),
-                    "before": tokenizer.decode(ids[:first]),
-                    "cut": tokenizer.decode(ids[gone]),
-                    "after": tokenizer.decode(ids[first + len(gone) :]),
+                    "kept": int(seen.sum()),
+                    "pieces": [
+                        {"seen": seen_first ^ bool(number % 2), "text": tokenizer.decode(run)}
+                        for number, run in enumerate(runs)
+                        if len(run)
+                    ],
                 }
             )
         sequences.append(parts)
@@ -325,9 +329,8 @@ def render(found: dict[str, Any]) -> str:
         lines.append(f"  {fixed[0]}")
         for part, behind in zip(parts, fixed[1:], strict=True):
             lines.append(f"  {part['segment']}: {part['kept']} of {part['tokens']} tokens")
-            for mark, text in (("|", part["before"]), ("x", part["cut"]), ("|", part["after"])):
-                if text:
-                    lines.append(f"    {mark} {_shorten(text)}")
+            for piece in part["pieces"]:
+                lines.append(f"    {'|' if piece['seen'] else 'x'} {_shorten(piece['text'])}")
             lines.append(f"  {behind}")
     lines.append("  (| is seen, x is cut)")
     return "\n".join(lines)

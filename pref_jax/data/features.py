@@ -153,7 +153,10 @@ def make_features(
         return make_tokens(comparisons, tokenizer, progress=progress)
 
     def make(rows: range, path: Path) -> None:
-        _write(path, _sequences(tokens(), form, rows), _sequence_schema())
+        ends = None
+        if layout.truncation == "turns":
+            ends = functools.partial(turn_ends, comparisons, tokenizer)
+        _write(path, _sequences(tokens(), form, rows, ends), _sequence_schema())
 
     return Features(key, _load_parts("features", key, len(comparisons), make), layout)
 
@@ -169,6 +172,26 @@ def make_tokens(
 
         key = _tokens_key(comparisons, tokenizer)
         return Tokens(_load_parts("tokens", key, len(comparisons), make))
+
+
+def turn_ends(
+    comparisons: "Comparisons", tokenizer: Tokenizer, rows: range
+) -> list[list[list[int]]]:
+    """How many of a text's tokens come before the end of each of its turns, but for the last.
+
+    A token that holds the end of one turn and what follows it belongs to the first.
+
+    Returns:
+      For each of the rows, and of it for each of `TEXTS`.
+    """
+    table = comparisons.table.slice(rows.start, len(rows))
+    columns = []
+    for name in TEXTS:
+        texts, ends = table[name].to_pylist(), table[f"{name}_ends"].to_pylist()
+        starts = [text[:end] for text, row in zip(texts, ends, strict=True) for end in row]
+        counts = iter([len(ids) for ids in tokenizer.encode(starts)] if starts else [])
+        columns.append([[next(counts) for _ in row] for row in ends])
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
 def _load_parts(
@@ -263,14 +286,21 @@ def _encode(
             pool.shutdown(cancel_futures=True)
 
 
-def _sequences(tokens: Tokens, form: Form, rows: range) -> Iterator[list["pa.Array"]]:
+def _sequences(
+    tokens: Tokens,
+    form: Form,
+    rows: range,
+    ends_of: Callable[[range], list[list[list[int]]]] | None,
+) -> Iterator[list["pa.Array"]]:
     import pyarrow as pa
 
     layout = form.layout
     # Columns of the row's segments that go into each of its sequences.
     picks = [[0, 1, 2]] if layout.sequences_per_row == 1 else [[0, 1], [0, 2]]
     for start in range(rows.start, rows.stop, _ROWS):
-        lengths = tokens.lengths[start : min(start + _ROWS, rows.stop)]
+        some = range(start, min(start + _ROWS, rows.stop))
+        lengths = tokens.lengths[some.start : some.stop]
+        turns = ends_of(some) if ends_of else [[()] * len(TEXTS)] * len(some)
         kept = [kept_lengths(lengths[:, pick], layout) for pick in picks]
         sequences: list[np.ndarray] = []
         type_starts: list[int] = []
@@ -282,7 +312,13 @@ def _sequences(tokens: Tokens, form: Form, rows: range) -> Iterator[list["pa.Arr
             segments = tokens[start + row]
             for pick, keep in zip(picks, kept, strict=True):
                 parts = [
-                    cut(segments[column], int(count), layout.truncation, form.marker)
+                    cut(
+                        segments[column],
+                        int(count),
+                        layout.truncation,
+                        form.marker,
+                        turns[row][column],
+                    )
                     for column, count in zip(pick, keep[row], strict=True)
                 ]
                 ids, type_start = form.join(parts)

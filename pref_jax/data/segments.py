@@ -23,7 +23,7 @@ SEGMENTS = {
     "response": ("prompt", "response"),
     "decoder": ("prompt", "response_a", "response_b"),
 }
-TRUNCATIONS = ("head", "tail", "head_tail")
+TRUNCATIONS = ("head", "tail", "head_tail", "turns")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Layout:
       budget: share of each segment in the room left after special tokens; it gets
         ``floor(room x share)`` tokens, the share taken as the decimal that was typed.
       reuse_unused: whether room that nobody's share uses goes to the segments that need more.
-      truncation: what of a longer segment is kept: "head", "tail" or "head_tail".
+      truncation: what of a longer segment is kept: "head", "tail", "head_tail", or with "turns" the
+        head of each turn of the conversation, all turns having the same room.
       template: of "decoder": text with {prompt}, {response_a} and {response_b}, each once and in
         this order, and something behind the last.
       marker: text that stands where a segment was cut, out of the segment's own budget; a segment
@@ -178,13 +179,32 @@ def kept_lengths(lengths: np.ndarray, layout: Layout) -> np.ndarray:
 NO_MARKER = np.zeros(0, np.int32)
 
 
-def cut(ids: np.ndarray, kept: int, truncation: str, marker: np.ndarray = NO_MARKER) -> np.ndarray:
+def cut(
+    ids: np.ndarray,
+    kept: int,
+    truncation: str,
+    marker: np.ndarray = NO_MARKER,
+    ends: Sequence[int] = (),
+) -> np.ndarray:
     """What a model sees of a segment: ``kept`` ids, those of a marker included where it is cut.
 
     A view where it is one piece of the segment.
+
+    Args:
+      ids: of the whole segment.
+      kept: how many may stay.
+      truncation: one of `TRUNCATIONS`.
+      marker: stands where ids are missing.
+      ends: for "turns": where turns end in ``ids``, but for the last.
     """
     if kept >= len(ids):
         return ids
+    if truncation == "turns":
+        # Counted on beginnings of the text, which byte pairs may cut into a token more.
+        turns = np.split(ids, np.maximum.accumulate(np.minimum(ends, len(ids)).astype(int)))
+        rooms = _divide([len(turn) for turn in turns], kept)
+        pairs = zip(turns, rooms, strict=True)
+        return np.concatenate([cut(turn, room, "head", marker) for turn, room in pairs])
     if len(marker) >= kept:
         marker = NO_MARKER
     kept -= len(marker)
@@ -192,6 +212,17 @@ def cut(ids: np.ndarray, kept: int, truncation: str, marker: np.ndarray = NO_MAR
     pieces = [ids[:first], marker, ids[len(ids) - (kept - first) :]]
     filled = [piece for piece in pieces if len(piece)]
     return filled[0] if len(filled) == 1 else np.concatenate([ids[:0], *filled])
+
+
+def _divide(lengths: Sequence[int], room: int) -> list[int]:
+    """The same room for each of several texts; what short ones leave goes to the longer ones, and
+    what cannot be divided to the longest."""
+    rooms = [0] * len(lengths)
+    shortest_first = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    for place, index in enumerate(shortest_first):
+        rooms[index] = min(lengths[index], room // (len(lengths) - place))
+        room -= rooms[index]
+    return rooms
 
 
 def split_template(template: str | None) -> list[str]:

@@ -341,6 +341,7 @@ def test_uneven_turns_keep_every_turn(tmp_path: Path) -> None:
     rows = read_comparisons(path)
     first = rows.table.slice(0, 1).to_pylist()[0]
     assert [first[name] for name in TEXTS] == ["p1\n\np2", "a1\n\na2", "b1"]
+    assert [first[f"{name}_ends"] for name in TEXTS] == [[2], [2], []]
     assert rows.turns[0] == 2
 
 

@@ -120,23 +120,25 @@ def test_the_example_shows_what_is_seen_and_what_is_cut(found):
     assert (example["row"], example["id"], example["layout"]) == (6, "5", "single")
     prompt, a, b = example["sequences"][0]
     assert (prompt["tokens"], prompt["kept"]) == (30, 10)
-    assert prompt["before"] == words(10)
-    assert f"{prompt['before']} {prompt['cut']}" == words(30)
-    assert (a["kept"], b["kept"], b["cut"]) == (45, 5, "")
+    assert [piece["seen"] for piece in prompt["pieces"]] == [True, False]
+    assert prompt["pieces"][0]["text"] == words(10)
+    assert " ".join(piece["text"] for piece in prompt["pieces"]) == words(30)
+    assert (a["kept"], b["kept"]) == (45, 5)
+    assert [piece["seen"] for piece in b["pieces"]] == [True]
 
 
 @pytest.mark.parametrize(
-    ("truncation", "before", "gone", "after"),
-    [("tail", 0, 155, 45), ("head_tail", 23, 155, 22), ("head", 45, 155, 0)],
+    ("truncation", "pieces"),
+    [("tail", [-155, 45]), ("head_tail", [23, -155, 22]), ("head", [45, -155])],
 )
-def test_the_example_follows_the_truncation(tmp_path, found, truncation, before, gone, after):
+def test_the_example_follows_the_truncation(tmp_path, found, truncation, pieces):
     layout = Layout("single", 104, (0.1, 0.45, 0.45), truncation=truncation)
     again = describe(
         read_comparisons(tmp_path / "rows.csv"), load_tokenizer(tmp_path), [layout], row=6
     )
     part = again["example"]["sequences"][0][1]
-    counts = tuple(len(part[name].split()) for name in ("before", "cut", "after"))
-    assert counts == (before, gone, after)
+    counts = [(piece["seen"], len(piece["text"].split())) for piece in part["pieces"]]
+    assert [count if seen else -count for seen, count in counts] == pieces
 
 
 def test_description_is_json_and_text(found):

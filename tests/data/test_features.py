@@ -17,6 +17,7 @@ from pref_jax.data.arena import read_comparisons
 from pref_jax.data.features import make_features, make_tokens
 from pref_jax.data.segments import Form, Layout, cut, kept_lengths
 from pref_jax.data.tokenizers import load_tokenizer
+from pref_jax.experiment import exchange_responses
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(50)), "."]
 ROWS = 1300  # more than two record batches
@@ -88,6 +89,38 @@ def test_every_sequence_is_the_slow_obvious_one(data, layout, part_rows, monkeyp
             assert whole == [(len(a), len(a)), (len(b), len(b))]
         else:
             assert found.text_lengths(index) == (len(a), len(b))
+
+
+def test_each_turn_is_cut_where_it_ends_in_the_file(tmp_path):
+    """Turns may hold blank lines, be empty, and be more in one text than in another."""
+    rows = [
+        [["w1 w2 w3\n\nw4", "w5 w6 w7 w8 w9"], ["w1 " * 40, "", "w2 w3"], ["w4", "w5 " * 30]],
+        [["w1"], ["w2 " * 50], ["w3", None, "w4 " * 3]],
+        [["w1 " * 9, "w2"], ["w2 " * 20, "w3 " * 9, "w4 " * 30], ["w5"]],
+    ]
+    path = make_data(tmp_path, rows=0)
+    with path.open("a", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([i, *map(json.dumps, row)] for i, row in enumerate(rows))
+    comparisons, tokenizer = read_comparisons(path), load_tokenizer(tmp_path)
+    layout = Layout("parallel", 23, (0.3, 0.7), truncation="turns", marker="[...]")
+    found = make_features(comparisons, tokenizer, layout)
+    form = Form(layout, tokenizer)
+
+    def look(turns, room):
+        parts = tokenizer.encode(["null" if turn is None else turn for turn in turns])
+        ends = np.cumsum([len(part) for part in parts])
+        return cut(np.concatenate(parts), room, "turns", form.marker, ends[:-1])
+
+    for index, (prompt, *responses) in enumerate(rows):
+        for side, response in enumerate(responses):
+            ids, _ = form.join([look(prompt, 6), look(response, 14)])
+            assert found.sequence(index, side).tolist() == ids.tolist()
+    assert found.lengths.max() == 23
+    exchanged = make_features(exchange_responses(comparisons), tokenizer, layout)
+    for index in range(len(rows)):
+        for side in range(2):
+            other = exchanged.sequence(index, 1 - side)
+            assert found.sequence(index, side).tolist() == other.tolist()
 
 
 def test_sequences_are_views_into_the_file(data):

@@ -96,6 +96,7 @@ def test_cut_keeps_the_named_part(truncation, kept):
     whole = list(range(7))
     expected = {
         "head": whole[:kept],
+        "turns": whole[:kept],  # of one turn
         "tail": whole[max(0, 7 - kept) :],
         "head_tail": whole if kept >= 7 else whole[: kept - kept // 2] + whole[7 - kept // 2 :],
     }[truncation]
@@ -116,7 +117,45 @@ def test_a_marker_stands_where_ids_are_missing_and_takes_their_room(kept):
         before, after = found[:at], found[at + 2 :]
         assert before + after == cut(ids, kept - 2, truncation).tolist()
         assert before == list(range(at)) and after == list(range(7 - len(after), 7))
-        assert {"head": not after, "tail": not before}.get(truncation, len(before) >= len(after))
+        sides = {"head": not after, "turns": not after, "tail": not before}
+        assert sides.get(truncation, len(before) >= len(after))
+
+
+@given(
+    st.lists(st.integers(0, 12), min_size=1, max_size=6),
+    st.integers(0, 60),
+    st.sampled_from([[], [-1], [-1, -2]]),
+)
+def test_each_turn_keeps_its_beginning_in_the_same_room(lengths, kept, marker):
+    ids, ends = np.arange(sum(lengths)), np.cumsum(lengths)[:-1]
+    found = cut(ids, kept, "turns", np.array(marker, int), ends)
+    assert len(found) == min(kept, len(ids))
+    if kept >= len(ids):
+        return
+    # Without a marker the room of each turn can be read off.
+    plain = cut(ids, kept, "turns", ends=ends).tolist()
+    rooms = []
+    for turn in np.split(ids, ends):
+        seen = [number for number in plain if number in turn]
+        assert seen == turn[: len(seen)].tolist()
+        rooms.append(len(seen))
+    assert sum(rooms) == kept
+    for room, length in zip(rooms, lengths, strict=True):
+        assert room == length or room >= max(kept // len(lengths), max(rooms) - len(lengths))
+    # A marker takes the last places of each turn that is cut and has more of them.
+    at = 0
+    for room, length, turn in zip(rooms, lengths, np.split(ids, ends), strict=True):
+        part, at = found[at : at + room].tolist(), at + room
+        if room == length or room <= len(marker):
+            assert part == turn[:room].tolist()
+        else:
+            assert part == [*turn[: room - len(marker)], *marker]
+
+
+@pytest.mark.parametrize("ends", [[5, 3], [3, 99], [0, 0], [7]])
+def test_ends_that_are_no_ends_lose_and_double_nothing(ends):
+    found = cut(np.arange(7), 6, "turns", ends=ends).tolist()
+    assert len(found) == 6 and found == sorted(set(found))
 
 
 def test_a_marker_has_to_be_something():

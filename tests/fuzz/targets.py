@@ -220,7 +220,8 @@ def _budget(folder: Path, content: bytes) -> None:
     assert (kept <= table).all() and (kept >= 0).all() and kept.sum() <= form.room
     for given, some in zip(table[0], kept[0], strict=True):
         ids = np.arange(min(given, 10_000))
-        assert len(cut(ids, int(some), form.truncation)) == min(len(ids), some)
+        seen = cut(ids, int(some), form.truncation, ends=numbers)
+        assert len(seen) == min(len(ids), some) == len(set(seen.tolist()))
 
 
 def _budget_seeds() -> list[bytes]:
