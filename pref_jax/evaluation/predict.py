@@ -10,6 +10,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from pref_jax import mesh as meshes
+from pref_jax.compilation import compile_program
 from pref_jax.data.batches import Geometry, Samples, Update, prediction_batches, update_shapes
 from pref_jax.errors import RunError
 from pref_jax.evaluation.metrics import measure_row_losses
@@ -23,7 +24,7 @@ class Predictor:
     """The compiled forward pass over packed rows: one compilation, whatever the rows.
 
     Attributes:
-      compilations: how often the function was traced; 1 after the first use.
+      compilations: programs that the function needed: 1, unless it was traced again.
       shapes: ``(K, B)`` of each bucket.
     """
 
@@ -37,7 +38,7 @@ class Predictor:
         abstract_params: Any,
         num_outputs: int = 3,
     ) -> None:
-        self._num_outputs = num_outputs
+        self._model, self._num_outputs = model, num_outputs
         self._mesh, self._geometry, self._abstract_params = mesh, geometry, abstract_params
         one = update_shapes(geometry, 1, meshes.batch_shards(mesh), microbatch_size)
         self.shapes = tuple((_MICROBATCHES, units) for _, units in one)
@@ -60,7 +61,10 @@ class Predictor:
                 meshes.batch_sharding(self._mesh, 1),
                 meshes.replicated(self._mesh),
             )
-            self._compiled = self._function.lower(self._abstract_params, update).compile()
+            self._compiled = compile_program(
+                self._function, (self._abstract_params, update), ("predict", self._model)
+            )
+            self.compilations = self.compilations or 1  # where it was found compiled
         return self._compiled
 
     def logits(

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from pref_jax import hosts
 from pref_jax import mesh as meshes
+from pref_jax.compilation import compile_program
 from pref_jax.config import training_data
 from pref_jax.data.batches import BatchPlan, Samples, Update, update_shapes
 from pref_jax.errors import InputError
@@ -50,7 +51,7 @@ class CompiledStep:
 
     Attributes:
       abstract: shapes and shardings of the state.
-      compilations: how often the step was traced.
+      compilations: programs that the step needed: 1, unless it was traced again.
       compile_seconds: how long it took.
     """
 
@@ -102,6 +103,15 @@ class CompiledStep:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
         # Replicated, so that every host can read them.
         self._function = jax.jit(counted, donate_argnums=0, out_shardings=(shardings, scalar))
+        # What the step follows from beside the shapes of its arguments.
+        self._identity = (
+            "train",
+            experiment.model,
+            train.to_dict(),
+            total_steps,
+            None if experiment.properties is None else len(experiment.properties.ratings),
+            config.data.soft_labels is None,
+        )
         self._compiled: Any = None
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
@@ -114,7 +124,10 @@ class CompiledStep:
     def _compile(self) -> None:
         started = time.monotonic()
         try:
-            self._compiled = self._function.lower(*self.abstract_arguments).compile()
+            self._compiled = compile_program(
+                self._function, self.abstract_arguments, self._identity
+            )
+            self.compilations = self.compilations or 1  # where it was found compiled
         except BaseException as error:  # handed to the thread that asks for the result
             self._error = error
         self.compile_seconds = time.monotonic() - started
