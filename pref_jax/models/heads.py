@@ -7,8 +7,8 @@ from flax import linen as nn
 from pref_jax.models.dropout import dropout
 from pref_jax.models.layers import Dense
 
-# "linear" is the paper's; the other two are symmetric, see `apply_head`.
-HEADS = ("linear", "orders", "scores")
+# "linear" is the paper's; two are symmetric and one is none, see `apply_head`.
+HEADS = ("linear", "orders", "scores", "states")
 
 # What the columns of a row in the other order are in its own: A and B are exchanged.
 _EXCHANGED = (1, 0, 2)
@@ -27,13 +27,14 @@ def apply_head(
     num_classes: int = 3,
     use_bias: bool = True,
 ) -> jax.Array:
-    """Float32 logits ``[B, R, num_classes]``; to be called inside a compact module.
+    """Logits ``[B, R, num_classes]``, float32 or more; to be called inside a compact module.
 
     Args:
       kind: "linear": one linear layer on the concatenated states. "orders": the two sequences of a
         row are A before B and B before A; one linear layer on each, the second's logits turned
         back, the mean of both. "scores": the two sequences are one response each; `ScoresHead`.
-        With the last two, exchanging A and B exchanges the first two logits by construction.
+        With these two, exchanging A and B exchanges the first two logits by construction. "states":
+        no head, the concatenated states instead of logits.
       pooled_BxRxSxD: states of the S sequences of each row.
       text_lengths_BxRx2: tokens of A and B before anything was cut; None: the head is not told.
       seeds: uint32 ``[B, 2]`` switches dropout on.
@@ -42,15 +43,18 @@ def apply_head(
       num_classes: width of the linear layer.
       use_bias: whether it has a bias.
     """
-    states = dropout(pooled_BxRxSxD.astype(jnp.float32), dropout_rate, seeds, site)
+    dtype = jnp.promote_types(pooled_BxRxSxD.dtype, jnp.float32)
+    states = dropout(pooled_BxRxSxD.astype(dtype), dropout_rate, seeds, site)
+    if kind == "states":
+        return states.reshape(*states.shape[:2], -1)
     lengths_BxRx2 = None
     if text_lengths_BxRx2 is not None:
-        logarithms = jnp.log1p(text_lengths_BxRx2.astype(jnp.float32))
+        logarithms = jnp.log1p(text_lengths_BxRx2.astype(dtype))
         lengths_BxRx2 = logarithms - jnp.log1p(float(_USUAL_LENGTH))
     if kind == "scores":
         return ScoresHead(name="head")(states, lengths_BxRx2)
 
-    linear = Dense(num_classes, (None, None), jnp.float32, use_bias=use_bias, name="head")
+    linear = Dense(num_classes, (None, None), dtype, use_bias=use_bias, name="head")
     if kind == "linear":
         features = states.reshape(*states.shape[:2], -1)
         if lengths_BxRx2 is not None:
@@ -74,14 +78,15 @@ class ScoresHead(nn.Module):
 
     @nn.compact
     def __call__(self, states_BxRx2xD: jax.Array, lengths_BxRx2: jax.Array | None) -> jax.Array:
-        """Float32 logits ``[B, R, 3]``."""
+        """Logits ``[B, R, 3]``."""
         if lengths_BxRx2 is not None:
             states_BxRx2xD = jnp.concatenate([states_BxRx2xD, lengths_BxRx2[..., None]], axis=-1)
-        scores_BxRx2 = Dense(1, (None, None), jnp.float32, name="score")(states_BxRx2xD)[..., 0]
+        dtype = states_BxRx2xD.dtype
+        scores_BxRx2 = Dense(1, (None, None), dtype, name="score")(states_BxRx2xD)[..., 0]
         first, second = states_BxRx2xD[:, :, 0], states_BxRx2xD[:, :, 1]
         gap = jnp.abs(scores_BxRx2[..., :1] - scores_BxRx2[..., 1:])
         evidence = jnp.concatenate([jnp.abs(first - second), first + second, gap], axis=-1)
-        tie_BxRx1 = Dense(1, (None, None), jnp.float32, name="tie")(evidence)
+        tie_BxRx1 = Dense(1, (None, None), dtype, name="tie")(evidence)
         return jnp.concatenate([scores_BxRx2, tie_BxRx1], axis=-1)
 
 

@@ -19,7 +19,7 @@ def named(initializer: Callable, *axes: str | None) -> Callable:
 
 
 class Dense(nn.Module):
-    """``x @ kernel + bias``: operands in ``dtype``, sums in float32, result in ``dtype``."""
+    """``x @ kernel + bias``: operands and result in ``dtype``, sums in float32 at least."""
 
     features: int
     axes: tuple[str | None, str | None]
@@ -34,7 +34,8 @@ class Dense(nn.Module):
             (x.shape[-1], self.features),
             jnp.float32,
         )
-        y = matmul(x, kernel, self.dtype, jnp.float32)
+        sums = jnp.promote_types(self.dtype, jnp.float32)
+        y = matmul(x, kernel, self.dtype, sums)
         if self.use_bias:
             bias = self.param(
                 "bias",
@@ -42,7 +43,7 @@ class Dense(nn.Module):
                 (self.features,),
                 jnp.float32,
             )
-            y = y + bias.astype(jnp.float32)
+            y = y + bias.astype(sums)
         return y.astype(self.dtype)
 
 

@@ -16,7 +16,6 @@ def contract(
     return lax.dot_general(x, y, ((tuple(axes), tuple(axis)), ((), ())), preferred_element_type=out)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def matmul(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype, out: jnp.dtype) -> jax.Array:
     """``x @ kernel`` and its gradients with operands in ``dtype``.
 
@@ -34,13 +33,20 @@ def matmul(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype, out: jnp.dtype) ->
       ``[..., out]``. The gradients have the dtypes of ``x`` and ``kernel``, that of the kernel is
       summed in float32.
     """
+    if {x.dtype, kernel.dtype, jnp.dtype(out)} == {jnp.dtype(dtype)}:
+        return contract(x, [x.ndim - 1], kernel, [0], out)  # nothing is rounded
+    return _rounded(x, kernel, dtype, out)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _rounded(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype, out: jnp.dtype) -> jax.Array:
     return contract(x.astype(dtype), [x.ndim - 1], kernel.astype(dtype), [0], out)
 
 
 def _forward(
     x: jax.Array, kernel: jax.Array, dtype: jnp.dtype, out: jnp.dtype
 ) -> tuple[jax.Array, Any]:
-    return matmul(x, kernel, dtype, out), (x, kernel)
+    return _rounded(x, kernel, dtype, out), (x, kernel)
 
 
 def _backward(
@@ -54,4 +60,4 @@ def _backward(
     return d_x.astype(x.dtype), d_kernel.astype(kernel.dtype)
 
 
-matmul.defvjp(_forward, _backward)
+_rounded.defvjp(_forward, _backward)

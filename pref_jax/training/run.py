@@ -35,6 +35,7 @@ from pref_jax.training.checkpoints import Checkpoints
 from pref_jax.training.goals import Goal, make_goal, read_data
 from pref_jax.training.loop import History, Limits, TrainingLoop
 from pref_jax.training.optimizer import make_optimizer, make_schedule
+from pref_jax.training.probe import fit_head
 from pref_jax.training.progress import StopSignals
 from pref_jax.training.records import MetricLog, UnwrittenLog
 from pref_jax.training.state import TrainState, abstract_state, create_state, merge_parameters
@@ -267,7 +268,11 @@ def _run(
             logger.info("resumed %s at update %d of %d", path, step, total_steps)
         else:
             step, history = 0, History()
-            trainable, frozen = experiment.split(experiment.initial_params(base))
+            params = experiment.initial_params(base)
+            if config.train.fit_head:
+                params = fit_head(experiment, params, samples, goal.train_numbers, goal.groups)
+            trainable, frozen = experiment.split(params)
+            del params
             state = create_state(trainable, compiled.optimizer, abstract)
             del trainable  # the state has its own copy
         del base
