@@ -127,7 +127,8 @@ def default_config() -> ConfigDict:
     config.train.microbatch_size = placeholder(int)
     config.train.learning_rate = 2e-5
     config.train.head_learning_rate = placeholder(float)  # None: learning_rate
-    config.train.fit_head = False  # fit the head to frozen states before the first update
+    # Whether a head with model.length_features starts from what lengths alone tell.
+    config.train.fit_lengths = True
     config.train.weight_decay = 0.01  # not on biases and norm weights
     config.train.warmup_steps = 500  # updates
     config.train.schedule = "linear"  # after the warm-up, down to zero at the last update

@@ -618,25 +618,25 @@ class Experiment:
             abstract,
         )
 
-    def make_predictor(self, *, states: bool = False) -> "Predictor":
-        """The compiled forward pass; with ``states`` up to what the head sees."""
+    @property
+    def is_told_lengths(self) -> bool:
+        """Whether it judges preferences by the lengths of the responses too."""
+        told = bool(self.config.model.length_features)
+        return told and not self.is_decoder and self.properties is None
+
+    def make_predictor(self) -> "Predictor":
+        """The compiled forward pass."""
         from pref_jax.evaluation.predict import Predictor
 
         # Nothing is kept for a backward pass, and a file has units enough to fill larger products.
         least = 2048 // (self.layout.max_length * meshes.batch_shards(self.mesh))
-        model, outputs = self.model, self.num_outputs
-        if states:
-            model = model.clone(head="states")
-            outputs = self.sides * self.backbone.architecture.hidden_size
-            if not self.is_decoder and self.config.model.pooling == "cls_mean":
-                outputs *= 2
         return Predictor(
-            model,
+            self.model,
             self.mesh,
             self.geometry,
             microbatch_size=max(self.microbatch_size, least),
             abstract_params=self.abstract_params,
-            num_outputs=outputs,
+            num_outputs=self.num_outputs,
         )
 
     # What a workdir keeps, so that it can be used without the pretrained folder.

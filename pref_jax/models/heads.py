@@ -7,8 +7,8 @@ from flax import linen as nn
 from pref_jax.models.dropout import dropout
 from pref_jax.models.layers import Dense
 
-# "linear" is the paper's; two are symmetric and one is none, see `apply_head`.
-HEADS = ("linear", "orders", "scores", "states")
+# "linear" is the paper's; the other two are symmetric, see `apply_head`.
+HEADS = ("linear", "orders", "scores")
 
 # What the columns of a row in the other order are in its own: A and B are exchanged.
 _EXCHANGED = (1, 0, 2)
@@ -33,8 +33,7 @@ def apply_head(
       kind: "linear": one linear layer on the concatenated states. "orders": the two sequences of a
         row are A before B and B before A; one linear layer on each, the second's logits turned
         back, the mean of both. "scores": the two sequences are one response each; `ScoresHead`.
-        With these two, exchanging A and B exchanges the first two logits by construction. "states":
-        no head, the concatenated states instead of logits.
+        With the last two, exchanging A and B exchanges the first two logits by construction.
       pooled_BxRxSxD: states of the S sequences of each row.
       text_lengths_BxRx2: tokens of A and B before anything was cut; None: the head is not told.
       seeds: uint32 ``[B, 2]`` switches dropout on.
@@ -45,8 +44,6 @@ def apply_head(
     """
     dtype = jnp.promote_types(pooled_BxRxSxD.dtype, jnp.float32)
     states = dropout(pooled_BxRxSxD.astype(dtype), dropout_rate, seeds, site)
-    if kind == "states":
-        return states.reshape(*states.shape[:2], -1)
     lengths_BxRx2 = None
     if text_lengths_BxRx2 is not None:
         logarithms = jnp.log1p(text_lengths_BxRx2.astype(dtype))

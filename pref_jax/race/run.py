@@ -39,7 +39,6 @@ _UNSUPPORTED: dict[str, Any] = {
     "model.length_features": False,
     "train.layer_decay": 1.0,
     "train.ema": 0.0,
-    "train.fit_head": False,
 }
 
 

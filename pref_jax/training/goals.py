@@ -98,13 +98,11 @@ class Goal(Protocol):
     Attributes:
       digests: content hashes of everything that it learns from.
       train_numbers, valid_numbers: of samples.
-      groups: equal for training samples of equal prompts, ``[len(train_numbers)]``.
     """
 
     digests: dict[str, str]
     train_numbers: np.ndarray
     valid_numbers: np.ndarray
-    groups: np.ndarray
 
     def make_samples(self) -> tuple[Samples, Samples]:
         """Training and held-out samples; the same object where they are of one file."""
@@ -150,7 +148,6 @@ class PreferenceGoal:
         self._config = experiment.config
         self.digests = data.digests
         self.train_numbers, self.valid_numbers = data.train_rows, data.valid_rows
-        self.groups = data.train.groups[data.train_rows]
         self._teachers: np.ndarray | None = None
         if self._config.data.soft_labels is not None:
             path = self._config.data.soft_labels
@@ -224,7 +221,6 @@ class RatingGoal:
         self.digests = {**data.digests, "annotations": learned.hexdigest()}
         self.train_numbers = _rated(data.train_rows, self._train_labels)
         self.valid_numbers = _rated(data.valid_rows, self._valid_labels)
-        self.groups = data.train.groups[self.train_numbers // 2]
         for numbers, what in (
             (self.train_numbers, "training"),
             (self.valid_numbers, "held-out"),

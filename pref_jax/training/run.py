@@ -33,9 +33,9 @@ from pref_jax.experiment import (
 from pref_jax.memory import describe_use, shortage_explained
 from pref_jax.training.checkpoints import Checkpoints
 from pref_jax.training.goals import Goal, make_goal, read_data
+from pref_jax.training.length_prior import fit_lengths
 from pref_jax.training.loop import History, Limits, TrainingLoop
 from pref_jax.training.optimizer import make_optimizer, make_schedule
-from pref_jax.training.probe import fit_head
 from pref_jax.training.progress import StopSignals
 from pref_jax.training.records import MetricLog, UnwrittenLog
 from pref_jax.training.state import TrainState, abstract_state, create_state, merge_parameters
@@ -269,8 +269,8 @@ def _run(
         else:
             step, history = 0, History()
             params = experiment.initial_params(base)
-            if config.train.fit_head:
-                params = fit_head(experiment, params, samples, goal.train_numbers, goal.groups)
+            if config.train.fit_lengths and experiment.is_told_lengths:
+                params = fit_lengths(experiment, params, samples, goal.train_numbers)
             trainable, frozen = experiment.split(params)
             del params
             state = create_state(trainable, compiled.optimizer, abstract)
