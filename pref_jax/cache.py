@@ -169,6 +169,13 @@ def entry(kind: str, key: str, make: Callable[[Path], None], *, wait: bool = Tru
     return final
 
 
+def find(kind: str, key: str) -> Path | None:
+    """The entry where it is there and whole."""
+    parent = folder(kind)
+    final = parent / key
+    return final if _is_whole(final, parent / f".{key}.sha256") else None
+
+
 def load(
     kind: str, key: str, make: Callable[[Path], None], read: Callable[[Path], Loaded]
 ) -> Loaded:

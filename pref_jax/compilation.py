@@ -24,7 +24,15 @@ _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy")
 _COMPILERS_READ = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "NVIDIA_", "CUDA_")
 _HIT = "/jax/compilation_cache/cache_hits"
 _kept = False
-_hits = threading.local()
+
+
+class _Hits(threading.local):
+    """How often this thread got a program from JAX's cache."""
+
+    count = 0
+
+
+_hits = _Hits()
 
 
 def keep_compiled_programs() -> None:
@@ -48,7 +56,7 @@ def keep_compiled_programs() -> None:
 def _count_hit(event: str, **_: Any) -> None:
     """Called in the thread that compiles."""
     if event == _HIT:
-        _hits.count = getattr(_hits, "count", 0) + 1
+        _hits.count += 1
 
 
 def compile_program(function: Any, arguments: Sequence[Any], identity: Sequence[Any]) -> Any:
@@ -71,36 +79,30 @@ def compile_program(function: Any, arguments: Sequence[Any], identity: Sequence[
     name = _name(arguments, identity) if _kept and jax.process_count() == 1 else None
     if name is None:
         return function.lower(*arguments).compile()
-    if (cache.folder("programs") / name).exists():
-        found = _load(name, arguments)
-        if found is not None:
-            return found
-    hits = getattr(_hits, "count", 0)
+    path = cache.find("programs", name)
+    found = None if path is None else _load(path, arguments)
+    if found is not None:
+        return found
+    hits = _hits.count
     made = function.lower(*arguments).compile()
     # XLA saves an incomplete program of what it has itself loaded (CPU, jaxlib 0.10.2).
-    if getattr(_hits, "count", 0) == hits:
+    if _hits.count == hits:
         _keep(name, made)
     return made
 
 
-def _load(name: str, arguments: Sequence[Any]) -> Any | None:
+def _load(path: Path, arguments: Sequence[Any]) -> Any | None:
     from jax.experimental import serialize_executable
 
-    def make(_: Path) -> None:
-        raise FileNotFoundError(name)
-
     try:
-        kept = cache.entry("programs", name, make, wait=False).read_bytes()
-        program, arguments_tree, results_tree = pickle.loads(kept)
+        program, arguments_tree, results_tree = pickle.loads(path.read_bytes())
         devices = _devices(jax.tree.leaves(tuple(arguments)))
         return serialize_executable.deserialize_and_load(
             program, arguments_tree, results_tree, execution_devices=devices
         )
-    except FileNotFoundError:  # it was damaged, or deleted meanwhile
-        return None
     except Exception as error:  # whatever a backend or another version raises
-        logger.warning("the compiled program %s cannot be loaded (%s)", name, error)
-        cache.remove(cache.folder("programs") / name)
+        logger.warning("the compiled program %s cannot be loaded (%s)", path, error)
+        cache.remove(path)
         return None
 
 
