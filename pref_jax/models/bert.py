@@ -13,11 +13,11 @@ from flax import linen as nn
 
 from pref_jax.models.attention import attend
 from pref_jax.models.dropout import dropout
-from pref_jax.models.layers import Dense, Embedding, LayerNorm
+from pref_jax.models.layers import Dense, Embedding, LayerNorm, gelu
 from pref_jax.models.segment_attention import Segments, attend_segments, find_segments
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu": gelu,
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
 }

@@ -55,7 +55,9 @@ def _backward(
     del out
     x, kernel = saved
     rows, d_out = range(x.ndim - 1), d_out.astype(dtype)
-    d_x = contract(d_out, [x.ndim - 1], kernel.astype(dtype), [1], dtype)
+    # Summed in float32 and rounded afterwards: XLA's CPU compiler has no 16-bit product with a
+    # 16-bit result and would multiply as float32.
+    d_x = contract(d_out, [x.ndim - 1], kernel.astype(dtype), [1], jnp.float32)
     d_kernel = contract(x.astype(dtype), rows, d_out, rows, jnp.float32)
     return d_x.astype(x.dtype), d_kernel.astype(kernel.dtype)
 

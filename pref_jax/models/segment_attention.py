@@ -11,6 +11,7 @@ probabilities from the stored log-sum (Dao et al. 2022, "FlashAttention", append
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -107,46 +108,74 @@ def attend_segments(
     return out_NxFxH.transpose(1, 0, 2).reshape(units, tokens, heads, width)
 
 
-class _Cut:
-    """One segment's window on the flat axis."""
+class _Cut(NamedTuple):
+    """One segment's window on the flat axis.
 
-    def __init__(
-        self, segments: Segments, number: jax.Array, width: int, flat: int, tokens: int
-    ) -> None:
-        start = segments.starts[number]
-        self.width, self.tokens = width, tokens
-        self.unit = start // tokens
-        # A window may reach into the neighbours; at the end of the axis it is moved back.
-        self.start = jnp.minimum(start, flat - width)
-        self.mine = lax.dynamic_slice_in_dim(segments.ids, self.start, width) == segments.ids[start]
+    Attributes:
+      start: int32, where the window begins.
+      mine: bool ``[width]``, which of its tokens are the segment's.
+      at: uint32 ``[width]``, their places inside the packed unit.
+      words: uint32 ``[2]``, the seed words of the unit.
+    """
 
-    def of(self, x: jax.Array) -> jax.Array:
-        return lax.dynamic_slice_in_dim(x, self.start, self.width, axis=1)
+    start: jax.Array
+    mine: jax.Array
+    at: jax.Array
+    words: jax.Array
 
-    def put(self, x: jax.Array, part: jax.Array) -> jax.Array:
-        return lax.dynamic_update_slice_in_dim(x, part, self.start, axis=1)
+    def of(self, x: jax.Array, axis: int = 1) -> jax.Array:
+        return lax.dynamic_slice_in_dim(x, self.start, self.mine.size, axis)
 
-    def keep(self, words: jax.Array, heads: int, rate: float) -> jax.Array:
+    def put(self, x: jax.Array, part: jax.Array, axis: int = 1) -> jax.Array:
+        return lax.dynamic_update_slice_in_dim(x, part, self.start, axis)
+
+    def keep(self, heads: int, tokens: int, rate: float) -> jax.Array:
         """The mask of the plain formula: its index is (head, query, key) inside the unit."""
-        at = (self.start - self.unit * self.tokens + jnp.arange(self.width)).astype(jnp.uint32)
-        head = jnp.arange(heads, dtype=jnp.uint32) * np.uint32(self.tokens**2)
-        index = head[:, None, None] + (at * np.uint32(self.tokens))[:, None] + at
-        own = lax.dynamic_index_in_dim(words, self.unit, keepdims=False)
-        return keep_elements(index, own[0], own[1], rate)
+        head = jnp.arange(heads, dtype=jnp.uint32) * np.uint32(tokens**2)
+        index = head[:, None, None] + (self.at * np.uint32(tokens))[:, None] + self.at
+        return keep_elements(index, self.words[0], self.words[1], rate)
 
 
-def _visit(segments: Segments, flat: int, sizes: tuple[int, int], visit: Any, carry: Any) -> Any:
-    """Runs ``visit(cut, carry)`` over all segments, width by width."""
+def _cut(
+    segments: Segments, words_Bx2: jax.Array, number: jax.Array, width: int, tokens: int
+) -> _Cut:
+    flat = segments.ids.shape[0]
+    first = segments.starts[number]
+    unit = first // tokens
+    # A window may reach into the neighbours; at the end of the axis it is moved back.
+    start = jnp.minimum(first, flat - width)
+    return _Cut(
+        start,
+        lax.dynamic_slice_in_dim(segments.ids, start, width) == segments.ids[first],
+        (start - unit * tokens + jnp.arange(width)).astype(jnp.uint32),
+        lax.dynamic_index_in_dim(words_Bx2, unit, keepdims=False),
+    )
+
+
+def _visit(
+    segments: Segments,
+    words_Bx2: jax.Array,
+    sizes: tuple[int, int],
+    visit: Callable[[_Cut, Any], Any],
+    carry: Any,
+) -> Any:
+    """Runs ``visit(cut, carry)`` over all segments, width by width.
+
+    Each turn finds the window of the next: what comes from the turn before is there when the scores
+    are computed. Found in its own turn, XLA's CPU compiler fuses it into each computation of scores
+    and finds it again for each element, which made attention two to four times as slow.
+    """
     tokens, longest = sizes
     for kind, width in enumerate(_widths(longest)):
-        carry = lax.fori_loop(
-            segments.bounds[kind],
-            segments.bounds[kind + 1],
-            lambda number, carry, width=width: visit(
-                _Cut(segments, number, width, flat, tokens), carry
-            ),
-            carry,
-        )
+        first, behind = segments.bounds[kind], segments.bounds[kind + 1]
+
+        def turn(number: jax.Array, state: tuple[_Cut, Any], width: int = width) -> Any:
+            cut, carry = state
+            carry = visit(cut, carry)
+            return _cut(segments, words_Bx2, number + 1, width, tokens), carry
+
+        start = (_cut(segments, words_Bx2, first, width, tokens), carry)
+        _, carry = lax.fori_loop(first, behind, turn, start)
     return carry
 
 
@@ -196,7 +225,7 @@ def _attend_forward(
         weights = weights / total
         if rate:
             weights = jnp.where(
-                cut.keep(words, heads, rate), weights * np.float32(1.0 / (1.0 - rate)), 0.0
+                cut.keep(heads, sizes[0], rate), weights * np.float32(1.0 / (1.0 - rate)), 0.0
             )
         part = _product("nqk,nkh->nqh", weights.astype(dtype), cut.of(value_NxFxH)).astype(dtype)
         log_sum = (top + jnp.log(total))[..., 0]
@@ -206,7 +235,7 @@ def _attend_forward(
         )
 
     start = (jnp.zeros_like(value_NxFxH), jnp.zeros((heads, flat), jnp.float32))
-    out, log_sums = _visit(segments, flat, sizes, visit, start)
+    out, log_sums = _visit(segments, words, sizes, visit, start)
     return out, (query_NxFxH, key_NxFxH, value_NxFxH, segments, words, out, log_sums)
 
 
@@ -222,7 +251,7 @@ def _gradients(
 ) -> tuple[jax.Array, ...]:
     """Those of query, key and value."""
     query, key, value, segments, words, out, log_sums = saved
-    heads, flat, _ = query.shape
+    heads = query.shape[0]
     dtype = query.dtype
     scale = np.float32(query.shape[-1] ** -0.5)
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
@@ -236,21 +265,24 @@ def _gradients(
         d_weights = _product("nqh,nkh->nqk", part_out, cut.of(value))
         dropped = weights
         if rate:
-            factor = jnp.where(cut.keep(words, heads, rate), np.float32(1.0 / (1.0 - rate)), 0.0)
+            factor = jnp.where(cut.keep(heads, sizes[0], rate), np.float32(1.0 / (1.0 - rate)), 0.0)
             dropped, d_weights = weights * factor, d_weights * factor
         d_scores = (weights * (d_weights - shift) * scale).astype(dtype)
         parts = (
             _product("nqk,nkh->nqh", d_scores, part_key),
-            _product("nqk,nqh->nkh", d_scores, part_query),
-            _product("nqk,nqh->nkh", dropped.astype(dtype), part_out),
+            _product("nhq,nqk->nhk", part_query.mT, d_scores),
+            _product("nhq,nqk->nhk", part_out.mT, dropped.astype(dtype)),
         )
         return tuple(
-            cut.put(total, cut.of(total) + part) for total, part in zip(carry, parts, strict=True)
+            cut.put(total, cut.of(total, axis) + part, axis)
+            for total, part, axis in zip(carry, parts, (1, 2, 2), strict=True)
         )
 
-    start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (query, key, value))
-    gradients = _visit(segments, flat, sizes, visit, start)
-    return tuple(gradient.astype(dtype) for gradient in gradients)
+    # Those of key and value stand transposed: a product that sums over the first axis of a matrix
+    # of scores is several times as slow on a CPU.
+    start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (query, key.mT, value.mT))
+    d_query, d_key, d_value = _visit(segments, words, sizes, visit, start)
+    return d_query.astype(dtype), d_key.astype(dtype).mT, d_value.astype(dtype).mT
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
