@@ -6,11 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from pref_jax.models.layers import Dense
+from pref_jax.models.lora import Projection
 from pref_jax.models.products import matmul
 
 BFLOAT16 = jnp.dtype("bfloat16")
+FROZEN = Projection(8, ("embed", "mlp"), dtype=BFLOAT16, kernel_dtype=BFLOAT16)
 
 
 def draw(*shape: int, seed: int) -> jax.Array:
@@ -31,15 +34,18 @@ def test_gradients_are_sums_in_float32_of_rounded_operands(out: str) -> None:
     np.testing.assert_allclose(np.asarray(d_x, np.float64), rounded, rtol=2**-7, atol=1e-6)
 
 
-def test_a_layer_in_bfloat16_multiplies_no_float32() -> None:
-    """Forward and backward: float32 operands take twice to sixteen times as long."""
-    layer, x = Dense(8, ("embed", "mlp"), BFLOAT16), draw(4, 32, seed=0)
-    variables = layer.init(jax.random.key(1), x)
+@pytest.mark.parametrize("module", [Dense(8, ("embed", "mlp"), BFLOAT16), FROZEN], ids=type)
+def test_a_layer_in_bfloat16_multiplies_16_bit_operands_into_32_bits(module: nn.Module) -> None:
+    """Forward and backward; XLA on a CPU would multiply anything else as float32."""
+    x = draw(4, 32, seed=0)
+    variables = module.init(jax.random.key(1), x)
 
-    def loss(variables: dict, x: jax.Array) -> jax.Array:
-        return layer.apply(variables, x).astype(jnp.float32).sum()
+    def loss(x: jax.Array, variables: dict) -> jax.Array:
+        return (module.apply(variables, x).astype(jnp.float32) ** 2).sum()
 
-    text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(variables, x).as_text()
-    products = re.findall(r"dot_general.*: \((.*)\) -> ", text)
-    assert len(products) == 2, text  # the result itself is not asked for
-    assert not [operands for operands in products if "f32" in operands]
+    trained = (0,) if module is FROZEN else (0, 1)
+    text = jax.jit(jax.grad(loss, argnums=trained)).lower(x, variables).as_text()
+    products = re.findall(r"dot_general.*: \((.*)\) -> (.*)", text)
+    assert len(products) == 1 + len(trained), text
+    assert not [operands for operands, _ in products if "f32" in operands]
+    assert not [result for _, result in products if "f32" not in result]
