@@ -37,7 +37,7 @@ def main(options: Any, config: Any) -> None:
 
     given = {name: options[name].value for name in ("folds", "seeds", "max_length", "epochs")}
     stage = dataclasses.replace(
-        STAGES[options.stage], **{name: value for name, value in given.items() if value}
+        STAGES[options.stage], **{name: value for name, value in given.items() if value is not None}
     )
     table = ablate(
         config,

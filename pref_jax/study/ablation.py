@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,6 +74,7 @@ def ablate(
     from pref_jax import compilation
 
     started = time.monotonic()
+    _check_flags(stage, names, max_hours)
     variants = read_variants(variants_file)
     comparisons = read_comparisons(data, labelled=True)
     tricky = None if adversarial is None else _read_decided(adversarial)
@@ -100,12 +102,19 @@ def ablate(
         ]
         return write_table(folder, stage, finished, possible)
 
+    def is_late() -> bool:
+        if max_hours is None or time.monotonic() - started <= max_hours * 3600.0:
+            return False
+        logger.info("%g hours are over; the same command goes on", max_hours)
+        return True
+
     def go_on(wanted: dict[str, Part]) -> bool:
         """Whether all of it was done in time."""
+        if is_late():  # reading the data takes a while, too
+            return False
         for _ in make_missing(folder, wanted, make, possible | wanted):
             report()
-            if max_hours is not None and time.monotonic() - started > max_hours * 3600.0:
-                logger.info("%g hours are over; the same command goes on", max_hours)
+            if is_late():
                 return False
         return True
 
@@ -117,6 +126,15 @@ def ablate(
             trained = [v for v in variants.values() if v.name in best and v.read == "model"]
             go_on(_make_adversarial_parts(trained, stage, tricky.digest))
         return report()
+
+
+def _check_flags(stage: Stage, names: Sequence[str] | None, max_hours: float | None) -> None:
+    if not 0 < stage.epochs < math.inf:
+        raise InputError("--epochs", f"{stage.epochs:g} is out of range", "it must be above 0")
+    if names is not None and not names:
+        raise InputError("--variants", "it is empty", "name variants, or leave it out for all")
+    if max_hours is not None and math.isnan(max_hours):
+        raise InputError("--max_hours", "nan is not a number of hours", "give 0 or more")
 
 
 def _make_adversarial_parts(

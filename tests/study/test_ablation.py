@@ -204,8 +204,8 @@ def test_what_is_finished_is_not_run_again(
     note_file = folder / "ablation/notes/screen/lengths/seed0_fold1.json"
     content = json.loads(note_file.read_text())
     note_file.write_text(json.dumps({**content, "finished": False}))  # as if killed
-    assert call("ablate", *typed(folder, "--max_hours=0.0000001")).code == 0
-    assert made == ["screen/lengths/seed0_fold1"]
+    assert call("ablate", *typed(folder, "--max_hours=0")).code == 0 and made == []
+    assert call("ablate", *typed(folder)).code == 0 and made == ["screen/lengths/seed0_fold1"]
 
 
 def test_no_prompt_is_on_both_sides(folder: Path, tmp_path: Path) -> None:
@@ -259,6 +259,10 @@ def test_every_variant_goes_with_the_recipe(recipe: ConfigDict) -> None:
         (("--data={folder}/never.csv",), "no row could be a tie"),
         (("--adversarial={folder}/rows.csv",), "a row is a tie"),
         (("--workdir={folder}",), "is not a study"),
+        (("--epochs=0",), "--epochs: 0 is out of range"),
+        (("--epochs=nan",), "--epochs: nan is out of range"),
+        (("--variants=",), "--variants: it is empty"),
+        (("--max_hours=nan",), "--max_hours: nan is not a number"),
     ],
 )
 def test_wrong_use_is_one_line(folder: Path, flags: tuple[str, ...], words: str) -> None:
