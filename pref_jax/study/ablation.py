@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,8 @@ def ablate(
       data: labelled rows; those whose judges could call a tie are held out, fold by fold.
       workdir: folder of the ablation, for all of its stages.
       stage: tokens, epochs, folds and seeds.
-      names: of variants; None: all that go with the recipe, or in the stage "confirm" base,
-        embeddings, the best three options and the best set of the table of "screen".
+      names: of variants; None: all that go with the recipe, or in the stage "confirm" base, the
+        best three options and the best set of the table of "screen", and the regression.
       variants_file: TOML; None: the project's own list.
       adversarial: rows without ties that the base, the best three options and the best set answer
         at the end.
@@ -79,13 +79,12 @@ def ablate(
     comparisons = read_comparisons(data, labelled=True)
     tricky = None if adversarial is None else _read_decided(adversarial)
     folder = make_output_folder(workdir, "--workdir")
-    if names is None and stage.name == "confirm":
-        names = [*pick_best(read_table(folder, "screen")), "embeddings"]
-    possible = make_possible_parts(config, variants, stage, comparisons.digest)
+    possible, refused = make_possible_parts(config, variants, stage, comparisons.digest)
     if names is None:
-        chosen = [v for v in variants.values() if part_name(stage, v.name, 0, 0) in possible]
-    else:
-        chosen = choose_variants(variants, names)
+        if variants_file is not None and refused:  # the user's own entry is wrong
+            raise next(iter(refused.values()))
+        names = _find_names(variants, refused, stage, folder)
+    chosen = choose_variants(variants, names)
     parts = make_parts(config, chosen, stage, comparisons.digest)
 
     def make(part: Part) -> None:
@@ -135,6 +134,30 @@ def _check_flags(stage: Stage, names: Sequence[str] | None, max_hours: float | N
         raise InputError("--variants", "it is empty", "name variants, or leave it out for all")
     if max_hours is not None and math.isnan(max_hours):
         raise InputError("--max_hours", "nan is not a number of hours", "give 0 or more")
+
+
+def _find_names(
+    variants: Mapping[str, Variant], refused: Mapping[str, InputError], stage: Stage, folder: Path
+) -> list[str]:
+    """The variants of a stage where none are named.
+
+    Raises:
+      InputError: no table of "screen" to confirm, or one of another list.
+    """
+    fitting = [v for v in variants.values() if v.name not in refused]
+    if stage.name != "confirm":
+        for error in refused.values():
+            logger.warning("left out: %s", error)
+        return [v.name for v in fitting]
+    best = pick_best(read_table(folder, "screen"))
+    for name in best:
+        if name not in variants:
+            raise InputError(
+                str(folder / "screen.json"),
+                f"the variant {name!r} is not in the list any more",
+                "run --stage=screen again, or name --variants",
+            )
+    return [*best, *(v.name for v in fitting if v.read == "embeddings")]
 
 
 def _make_adversarial_parts(

@@ -1,6 +1,5 @@
 """An ablation as a graph of parts: one recipe, variants of it, each trained on the same folds."""
 
-import contextlib
 import dataclasses
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -210,11 +209,20 @@ def change_config(config: ConfigDict, variant: Variant, stage: Stage, seed: int)
 
 def make_possible_parts(
     config: ConfigDict, variants: Mapping[str, Variant], stage: Stage, digest: str
-) -> dict[str, Part]:
-    """`make_parts` of all variants that go with the recipe."""
+) -> tuple[dict[str, Part], dict[str, InputError]]:
+    """`make_parts` of all variants that go with the recipe.
+
+    Returns:
+      The parts, and by name of each other variant what is wrong with it.
+
+    Raises:
+      InputError: the recipe itself is wrong.
+    """
     base = variants[BASE]
-    parts = make_parts(config, [base], stage, digest)
+    parts, refused = make_parts(config, [base], stage, digest), {}
     for variant in variants.values():
-        with contextlib.suppress(InputError):
+        try:
             parts |= make_parts(config, [base, variant], stage, digest)
-    return parts
+        except InputError as error:
+            refused[variant.name] = error
+    return parts, refused

@@ -276,6 +276,84 @@ def test_wrong_use_is_one_line(folder: Path, flags: tuple[str, ...], words: str)
     assert outcome.stderr.count("error:") == 1
 
 
+def decoder(folder: Path, *flags: str) -> list[str]:
+    """The command on a decoder; it trains nothing."""
+    return [
+        f"--config={REPOSITORY}/configs/llama_lora.py:tiny",
+        *("--max_length=384", f"--data={folder}/rows.csv", "--max_hours=0"),
+        *flags,
+    ]
+
+
+def test_what_does_not_go_with_the_recipe_is_left_out_and_said(
+    folder: Path, tmp_path: Path
+) -> None:
+    outcome = call("ablate", *decoder(folder, f"--workdir={tmp_path}/ablation"))
+    assert outcome.code == 0, outcome
+    left_out = [line for line in outcome.stdout.splitlines() if line.startswith("left out: ")]
+    for words in ("variant cls_mean, model.pooling: ", "variant embeddings: a decoder embeds no"):
+        assert sum(words in line for line in left_out) == 1
+    assert not any("variant ema" in line for line in left_out)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *('{ "train.emma" = 0.9 }', '{ "train.ema" = 2.0 }', '{ "train.ema" = "much" }'),
+        '{ "train.layer_decay" = 0.0 }',
+    ],
+)
+@pytest.mark.parametrize("stage", ["screen", "confirm"])
+def test_a_wrong_variant_of_ones_own_is_not_left_out(
+    folder: Path, tmp_path: Path, config: str, stage: str
+) -> None:
+    (tmp_path / "list.toml").write_text(
+        LIST + f'[[variant]]\nname = "x"\nkind = "option"\nconfig = {config}\n'
+    )
+    flags = typed(folder, f"--list={tmp_path}/list.toml", f"--workdir={tmp_path}/ablation")
+    outcome = call("ablate", *flags, f"--stage={stage}")
+    assert outcome.code == 2 and "error: variant x, train." in outcome.stderr, outcome
+    assert not (tmp_path / "ablation/screen").exists()
+    # Who names others can train them.
+    assert call("ablate", *flags, "--variants=lengths", "--max_hours=0").code == 0
+
+
+def write_screen(folder: Path, *names: str) -> None:
+    folder.mkdir()
+    (folder / "study.json").write_text('{"scale": "ablation"}')
+    lines = [{"name": name, "kind": "option", "log_loss": 1.0} for name in names]
+    (folder / "screen.json").write_text(json.dumps({"variants": lines}))
+
+
+def test_confirm_adds_the_regression_where_it_can(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shorter.toml").write_text(LIST[: LIST.rindex("[[variant]]")])
+    asked: list[str] = []
+    monkeypatch.setattr(
+        ablation, "make_missing", lambda _, wanted, *rest: asked.extend(wanted) or ()
+    )
+    for flags, expected in (
+        (typed(folder), True),
+        (typed(folder, f"--list={tmp_path}/shorter.toml"), False),
+        (decoder(folder, "--max_hours=1"), False),
+    ):
+        asked.clear()
+        place = tmp_path / str(len(list(tmp_path.iterdir())))
+        write_screen(place, "base")
+        outcome = call("ablate", *flags, "--stage=confirm", f"--workdir={place}")
+        assert outcome.code == 0, outcome
+        assert ("confirm/embeddings/seed0_fold4" in asked) is expected
+
+
+def test_a_screen_of_another_list_is_named(folder: Path, tmp_path: Path) -> None:
+    write_screen(tmp_path / "ablation", "gone")
+    flags = typed(folder, "--stage=confirm", f"--workdir={tmp_path}/ablation")
+    outcome = call("ablate", *flags)
+    words = f"error: {tmp_path}/ablation/screen.json: the variant 'gone' is not in the list"
+    assert outcome.code == 2 and words in outcome.stderr, outcome
+
+
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
