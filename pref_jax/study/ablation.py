@@ -21,7 +21,7 @@ from pref_jax.evaluation.predictions import FILE as PREDICTIONS_FILE
 from pref_jax.evaluation.predictions import Predictions
 from pref_jax.files import make_output_folder, write_json
 from pref_jax.study.ablation_table import EVALUATION, pick_best, read_table, write_table
-from pref_jax.study.folds import write_folds
+from pref_jax.study.folds import check_folds, write_folds
 from pref_jax.study.plan import Part
 from pref_jax.study.run import ABLATION, held, is_finished, make_missing, train_whole
 from pref_jax.study.variants import (
@@ -195,6 +195,7 @@ def _make(part: Part, folder: Path, data: Comparisons, tricky: Comparisons | Non
         _answer(folder / part.needs[0], tricky, output, swap_average=False)
         return
     files = folder / part.needs[0]  # every other part needs the folds first
+    check_folds(files, part.settings["fold"])
     if part.kind == "train":
         _train(part, folder, files)
         return

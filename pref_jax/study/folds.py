@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import hashlib
 import io
 import json
 from pathlib import Path
@@ -12,14 +13,16 @@ import pyarrow as pa
 from pref_jax.data.arena import Comparisons, iterate_cells
 from pref_jax.data.split import split_rows
 from pref_jax.errors import InputError
-from pref_jax.files import write_durably
+from pref_jax.files import read_json, write_durably, write_json
 
 _GROUP = "prompt_group"
+_DIGESTS = "digests.json"  # of the files beside it
+_KINDS = ("valid", "train", "all")
 
 
 def write_folds(comparisons: Comparisons, folds: int, folder: Path) -> None:
     """Writes ``train0.csv`` (rows that could be a tie), ``all0.csv`` (also the others) and
-    ``valid0.csv``, and so on.
+    ``valid0.csv``, and so on, and what `check_folds` knows them by.
 
     No prompt is on both sides, whichever rows train: prompts are the same up to case, width and
     white space, or where a column ``prompt_group`` says so.
@@ -44,8 +47,33 @@ def write_folds(comparisons: Comparisons, folds: int, folder: Path) -> None:
         valid = np.zeros(len(allowed), bool)
         valid[np.flatnonzero(allowed)[held_out]] = True
         others = ~np.isin(groups, groups[valid])
-        for name, chosen in (("valid", valid), ("train", others & allowed), ("all", others)):
-            _write(folder / f"{name}{fold}.csv", [cells[row] for row in np.flatnonzero(chosen)])
+        for kind, chosen in zip(_KINDS, (valid, others & allowed, others), strict=True):
+            _write(folder / f"{kind}{fold}.csv", [cells[row] for row in np.flatnonzero(chosen)])
+    paths = [folder / f"{kind}{fold}.csv" for fold in range(folds) for kind in _KINDS]
+    write_json(folder / _DIGESTS, {path.name: _digest(path) for path in paths})
+
+
+def check_folds(folder: Path, fold: int) -> None:
+    """Looks whether the files of a fold are those that `write_folds` wrote.
+
+    Variants are compared row by row: all of them have to be of the same rows. Folds follow from the
+    data, so those that are made again are the ones that earlier parts have read.
+
+    Raises:
+      InputError: one has changed, or is missing.
+    """
+    remedy = f"remove its folder {folder} and type the same command again"
+    written = read_json(folder / _DIGESTS, remedy)
+    for path in (folder / f"{kind}{fold}.csv" for kind in _KINDS):
+        if not path.is_file():
+            raise InputError(str(path), "is missing", remedy)
+        if _digest(path) != written.get(path.name):
+            raise InputError(str(path), "has changed since the folds were made", remedy)
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def join_groups(comparisons: Comparisons) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from pref_jax import config_file
 from pref_jax.data.arena import read_comparisons
 from pref_jax.errors import InputError
 from pref_jax.study import ablation
-from pref_jax.study.folds import write_folds
+from pref_jax.study.folds import check_folds, write_folds
 from pref_jax.study.plan import Part
 from pref_jax.study.variants import STAGES, make_parts, read_variants
 
@@ -234,6 +235,51 @@ def test_no_prompt_is_on_both_sides(folder: Path, tmp_path: Path) -> None:
     assert sorted(held_out) == sorted(row["id"] for row in rows[:40])
 
 
+@pytest.mark.parametrize("kind", ["train", "all", "valid"])
+@pytest.mark.parametrize("missing", [False, True])
+def test_folds_that_have_changed_are_noticed(
+    folder: Path, tmp_path: Path, kind: str, missing: bool
+) -> None:
+    place = tmp_path / "folds"
+    write_folds(read_comparisons(folder / "rows.csv", labelled=True), 2, place)
+    written = {path.name: path.read_bytes() for path in place.iterdir()}
+    check_folds(place, 0)
+    check_folds(place, 1)
+    changed = place / f"{kind}1.csv"
+    if missing:
+        changed.unlink()
+    else:
+        changed.write_bytes(b"".join(changed.read_bytes().splitlines(keepends=True)[:-1]))
+    check_folds(place, 0)
+    with pytest.raises(InputError) as caught:
+        check_folds(place, 1)
+    assert caught.value.where == str(changed)
+    what = "is missing" if missing else "has changed since the folds were made"
+    assert caught.value.what == what
+    assert caught.value.remedy == f"remove its folder {place} and type the same command again"
+    # Folds are made again as they were: what was trained before on them stays comparable.
+    shutil.rmtree(place)
+    write_folds(read_comparisons(folder / "rows.csv", labelled=True), 2, place)
+    assert {path.name: path.read_bytes() for path in place.iterdir()} == written
+
+
+def test_no_part_reads_folds_that_have_changed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = tmp_path / "ablation/screen/folds/valid1.csv"
+    trained: list[str] = []
+
+    def train(config: ConfigDict, workdir: Path) -> None:
+        trained.append(workdir.name)
+        workdir.mkdir(parents=True)
+        changed.write_bytes(changed.read_bytes() + b"\n")
+
+    monkeypatch.setattr(ablation, "train_whole", train)
+    outcome = call("ablate", *typed(folder, f"--workdir={tmp_path}/ablation"))
+    assert outcome.code == 2 and trained == ["seed0_fold0"]
+    assert f"error: {changed}: has changed since the folds were made" in outcome.stderr
+
+
 @pytest.fixture
 def recipe() -> ConfigDict:
     return config_file.load(f"{REPOSITORY}/configs/ablation.py")
@@ -330,9 +376,12 @@ def test_confirm_adds_the_regression_where_it_can(
 ) -> None:
     (tmp_path / "shorter.toml").write_text(LIST[: LIST.rindex("[[variant]]")])
     asked: list[str] = []
-    monkeypatch.setattr(
-        ablation, "make_missing", lambda _, wanted, *rest: asked.extend(wanted) or ()
-    )
+
+    def ask(_: Path, wanted: dict[str, Part], *rest: object) -> tuple[()]:
+        asked.extend(wanted)
+        return ()
+
+    monkeypatch.setattr(ablation, "make_missing", ask)
     for flags, expected in (
         (typed(folder), True),
         (typed(folder, f"--list={tmp_path}/shorter.toml"), False),
