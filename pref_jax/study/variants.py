@@ -21,6 +21,18 @@ _CHOICES = {
     "rows": ("tie", "all"),
     "read": ("model", "swap_average", "calibrate", "embeddings"),
 }
+_TYPES = {
+    "name": (str, "a text"),
+    "kind": (str, "a text"),
+    "config": (dict, "a table of fields"),
+    "rows": (str, "a text"),
+    "teacher": (bool, "true or false"),
+    "read": (str, "a text"),
+}
+# Folders of the ablation's own beside those of the variants.
+_FOLDS, _VECTORS, _TEACHERS = "folds", "vectors", ("teacher0", "teacher1")
+_RESERVED = (_FOLDS, _VECTORS, *_TEACHERS, ".", "..")
+_LONGEST_NAME = 200  # bytes; file systems take 255
 # Fields that follow from the ablation, and what to do to change them.
 _OWN = {
     "seed": "give --seeds",
@@ -74,7 +86,10 @@ STAGES = {
 
 
 def read_variants(path: str | None = None) -> dict[str, Variant]:
-    """The variants of a TOML file, by name and in its order; None: the project's own.
+    """The variants of a TOML file, by name: base, then the others in its order.
+
+    Args:
+      path: the file; None: the project's own.
 
     Raises:
       InputError: no such file, or an entry that is wrong.
@@ -87,26 +102,42 @@ def read_variants(path: str | None = None) -> dict[str, Variant]:
         raise InputError(where, error.strerror or "cannot be read", "check the path") from error
     except ValueError as error:
         raise InputError(where, f"is not TOML ({error})", "mend it") from error
-    known = {field.name for field in dataclasses.fields(Variant)}
+    if not isinstance(entries, list):
+        raise InputError(where, "variant is no list of tables", "write [[variant]] above each")
     variants: dict[str, Variant] = {}
     for number, entry in enumerate(entries, 1):
         here = f"{where}:variant {number}"
-        if not isinstance(entry, dict) or not {"name", "kind"} <= entry.keys() <= known:
-            raise InputError(
-                here, "has not the right fields", f"give name, kind; known: {sorted(known)}"
-            )
-        variant = Variant(**entry)
-        for name, choices in _CHOICES.items():
-            if getattr(variant, name) not in choices:
-                raise InputError(
-                    here, f"{name} is {getattr(variant, name)!r}", f"known: {', '.join(choices)}"
-                )
-        if variant.name in variants or not variant.name or "/" in variant.name:
+        variant = _read_variant(here, entry)
+        if variant.name in variants or not _is_folder(variant.name):
             raise InputError(here, f"the name {variant.name!r} is no new folder", "rename it")
         variants[variant.name] = variant
     if [v.name for v in variants.values() if v.kind == BASE] != [BASE]:
         raise InputError(where, "no single variant of kind base, called base", "add it")
-    return variants
+    return {BASE: variants[BASE], **variants}  # the others are compared with it
+
+
+def _read_variant(here: str, entry: Any) -> Variant:
+    if not isinstance(entry, dict) or not {"name", "kind"} <= entry.keys() <= _TYPES.keys():
+        raise InputError(
+            here, "has not the right fields", f"give name, kind; known: {', '.join(_TYPES)}"
+        )
+    for name, value in entry.items():
+        kind, words = _TYPES[name]
+        if not isinstance(value, kind):
+            raise InputError(here, f"{name} is {value!r}", f"it has to be {words}")
+    variant = Variant(**entry)
+    for name, choices in _CHOICES.items():
+        value = getattr(variant, name)
+        if value not in choices:
+            raise InputError(here, f"{name} is {value!r}", f"known: {', '.join(choices)}")
+    return variant
+
+
+def _is_folder(name: str) -> bool:
+    """Whether a folder can be called so beside those of the ablation's own."""
+    if name.lower() in _RESERVED or "/" in name or not name.isprintable():
+        return False
+    return 0 < len(name.encode()) <= _LONGEST_NAME
 
 
 def choose_variants(variants: Mapping[str, Variant], names: Sequence[str]) -> list[Variant]:
@@ -137,7 +168,7 @@ def make_parts(
     Raises:
       InputError: a variant whose fields do not go with the recipe.
     """
-    folds, vectors = f"{stage.name}/folds", f"{stage.name}/vectors"
+    folds, vectors = f"{stage.name}/{_FOLDS}", f"{stage.name}/{_VECTORS}"
     parts = {folds: Part(folds, "folds", (), {"data": digest, "folds": stage.folds})}
 
     def add(name: str, kind: str, needs: Sequence[str], place: tuple[int, int], **more: Any) -> str:
@@ -168,10 +199,10 @@ def make_parts(
                 add(name, variant.read, bases, place)
             else:
                 teachers = []
-                for half in range(2) if variant.teacher else ():
+                for half, called in enumerate(_TEACHERS if variant.teacher else ()):
                     taught = change_config(config, variants[0], stage, seed)
                     taught.data.folds, taught.data.fold = 2, half
-                    teacher = part_name(stage, f"teacher{half}", seed, fold)
+                    teacher = part_name(stage, called, seed, fold)
                     teachers.append(add(teacher, "train", (), place, config=taught, rows="tie"))
                 changed = change_config(config, variant, stage, seed)
                 add(name, "train", teachers, place, config=changed, rows=variant.rows)

@@ -422,3 +422,51 @@ def test_a_wrong_variant_is_named(
     with pytest.raises(InputError, match=words):
         variants = read_variants(str(path))
         make_parts(recipe, list(variants.values()), STAGES["screen"], "digest")
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ("variant = 5", "variant is no list of tables"),
+        ("variant = [5]", "variant 1: has not the right fields"),
+        ('variant = "base"', "variant is no list of tables"),
+        ("[variant]\nname = 3", "variant is no list of tables"),
+        ("name = 5", "name is 5"),
+        ("kind = ['option']", r"kind is \['option'\]"),
+        ("config = 'abc'", "config is 'abc'"),
+        ("config = []", r"config is \[\]"),
+        ("teacher = 'no'", "teacher is 'no'"),
+        ("teacher = 0", "teacher is 0"),
+        ("rows = 1", "rows is 1"),
+        ("read = [1]", r"read is \[1\]"),
+        *(
+            (f'name = "{name}"', "is no new folder")
+            for name in ("", ".", "..", "a/b", "folds", "vectors", "teacher0", "teacher1")
+        ),
+        (r'name = "a\u0000b"', "is no new folder"),
+        (f'name = "{"long" * 60}"', "is no new folder"),
+    ],
+)
+def test_a_list_of_wrong_types_is_one_line(tmp_path: Path, entry: str, words: str) -> None:
+    fields = {"name": '"x"', "kind": '"option"'}
+    text = entry
+    if not entry.startswith(("variant", "[")):
+        name, value = entry.split(" = ")
+        lines = [f"{field} = {said}" for field, said in (fields | {name: value}).items()]
+        text = "\n".join(["[[variant]]", *lines])
+    path = tmp_path / "list.toml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=words) as caught:
+        read_variants(str(path))
+    assert caught.value.where.startswith(str(path))
+
+
+def test_base_comes_first_wherever_it_stands(tmp_path: Path, recipe: ConfigDict) -> None:
+    path = tmp_path / "list.toml"
+    path.write_text(TAUGHT + LIST)
+    variants = read_variants(str(path))
+    assert list(variants) == ["base", "taught", "lengths", "calibrate", "both_orders", "embeddings"]
+    # Teachers are the recipe, not the first variant of the file.
+    parts = make_parts(recipe, list(variants.values()), STAGES["screen"], "digest")
+    teacher = parts["screen/teacher0/seed0_fold0"].config
+    assert teacher is not None and teacher.train.distill_weight == recipe.train.distill_weight
