@@ -18,6 +18,7 @@ from pref_jax.models.classifiers import mean_tokens
 _TEXTS = ("prompt", "response_a", "response_b")
 _TOKENS = 4096  # of a forward pass
 _INVERSE_PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0)
+_USUAL_PENALTY = 0.1  # where there are too few rows to choose by
 _NUMBERS = 10  # lengths and cosines, behind the vectors
 
 
@@ -85,13 +86,16 @@ def fit_and_predict(
 ) -> np.ndarray:
     """Probabilities ``[n, 3]`` of ``others``; the penalty is chosen by folds of the training rows.
 
+    Where these are too few to make folds of, it is the usual one; where all have the same label,
+    there is nothing to regress on, and half a row stands in for a label that did not occur.
+
     Args:
       features: of the training rows. labels: 0, 1, 2. groups: of their prompts.
       others: features of the rows to answer.
     """
     from sklearn.compose import make_column_transformer
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GridSearchCV, GroupKFold
+    from sklearn.model_selection import GridSearchCV
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
@@ -103,18 +107,32 @@ def fit_and_predict(
     def measure(model: Any, rows: np.ndarray, truth: np.ndarray) -> float:
         return -float(measure_row_losses(answer(model, rows), truth).mean())
 
+    if len(np.unique(labels)) < 2:
+        counts = np.bincount(labels, minlength=3) + 0.5
+        return np.tile(counts / counts.sum(), (len(others), 1))
     # Parts of unit vectors stay small: the penalty falls on them, not on the ten numbers.
     scaled = make_column_transformer(
         (StandardScaler(), slice(-_NUMBERS, None)), remainder="passthrough"
     )
-    search = GridSearchCV(
-        make_pipeline(scaled, LogisticRegression(max_iter=2000)),
-        {"logisticregression__C": _INVERSE_PENALTIES},
-        scoring=measure,
-        cv=GroupKFold(3),
-    )
-    search.fit(features, labels, groups=groups)
+    model = make_pipeline(scaled, LogisticRegression(C=_USUAL_PENALTY, max_iter=2000))
+    splits = _split(labels, groups)
+    if not splits:
+        return answer(model.fit(features, labels), others)
+    choices = {"logisticregression__C": _INVERSE_PENALTIES}
+    search = GridSearchCV(model, choices, scoring=measure, cv=splits)
+    search.fit(features, labels)
     return answer(search.best_estimator_, others)
+
+
+def _split(labels: np.ndarray, groups: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Up to three folds, no group on both sides; none that would learn from one label only."""
+    from sklearn.model_selection import GroupKFold
+
+    folds = min(3, len(np.unique(groups)))
+    if folds < 2:
+        return []
+    splits = GroupKFold(folds).split(labels, groups=groups)
+    return [(train, valid) for train, valid in splits if len(np.unique(labels[train])) > 1]
 
 
 def save_vectors(path: Path, ids: list[str], vectors: np.ndarray) -> None:

@@ -17,6 +17,7 @@ from pref_jax import config_file
 from pref_jax.data.arena import read_comparisons
 from pref_jax.errors import InputError
 from pref_jax.study import ablation
+from pref_jax.study.embeddings import fit_and_predict
 from pref_jax.study.folds import check_folds, write_folds
 from pref_jax.study.plan import Part
 from pref_jax.study.variants import STAGES, make_parts, read_variants
@@ -233,6 +234,26 @@ def test_no_prompt_is_on_both_sides(folder: Path, tmp_path: Path) -> None:
         assert sides in ({"valid"}, {"train", "all"})
         held_out += [row["id"] for row in valid]
     assert sorted(held_out) == sorted(row["id"] for row in rows[:40])
+
+
+@pytest.mark.parametrize(
+    ("labels", "groups"),
+    [
+        ([0, 1, 2, 0, 1, 2], [7, 7, 8, 8, 9, 9]),
+        ([0, 1, 2, 0, 1, 2], [7, 7, 7, 8, 8, 8]),
+        ([0, 1, 2, 0, 1, 2], [7] * 6),
+        ([0, 0, 0, 1, 1, 1], [7, 7, 7, 8, 8, 8]),  # either half knows one label
+        ([0, 0, 0, 0, 0, 1], [7, 7, 8, 8, 9, 9]),
+        ([1] * 6, [7, 7, 8, 8, 9, 9]),
+    ],
+)
+def test_the_regression_answers_with_few_prompts(labels: list[int], groups: list[int]) -> None:
+    features = np.random.default_rng(0).normal(size=(10, 13))
+    answers = fit_and_predict(features[:6], np.array(labels), np.array(groups), features[6:])
+    assert answers.shape == (4, 3) and np.isfinite(np.log(answers)).all()
+    np.testing.assert_allclose(answers.sum(axis=1), 1.0)
+    seldom = [label for label in range(3) if label not in labels]
+    assert (answers[:, seldom] < 0.1).all()
 
 
 @pytest.mark.parametrize("kind", ["train", "all", "valid"])
