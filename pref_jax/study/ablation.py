@@ -14,13 +14,19 @@ from ml_collections import ConfigDict
 
 from pref_jax.data.arena import TIE, Comparisons, read_comparisons
 from pref_jax.errors import InputError
-from pref_jax.evaluation.baselines import FILE as BASELINES_FILE
-from pref_jax.evaluation.baselines import Baselines
 from pref_jax.evaluation.predict import fit_temperature, to_probabilities
 from pref_jax.evaluation.predictions import FILE as PREDICTIONS_FILE
 from pref_jax.evaluation.predictions import Predictions
 from pref_jax.files import make_output_folder, write_json
-from pref_jax.study.ablation_table import EVALUATION, pick_best, read_table, write_table
+from pref_jax.study.ablation_table import (
+    EVALUATION,
+    pick_best,
+    read_baselines,
+    read_predictions,
+    read_table,
+    reading,
+    write_table,
+)
 from pref_jax.study.folds import check_folds, write_folds
 from pref_jax.study.plan import Part
 from pref_jax.study.run import ABLATION, held, is_finished, make_missing, train_whole
@@ -211,6 +217,7 @@ def _make(part: Part, folder: Path, data: Comparisons, tricky: Comparisons | Non
 
 def _train(part: Part, folder: Path, files: Path) -> None:
     from pref_jax.evaluation.ensemble import join_folds
+    from pref_jax.evaluation.submission import OUT_OF_FOLD_FILE, read_submission
 
     assert part.config is not None
     config, fold = part.config.copy_and_resolve_references(), part.settings["fold"]
@@ -223,6 +230,9 @@ def _train(part: Part, folder: Path, files: Path) -> None:
             teachers = [str(folder / name) for name in part.needs[1:]]
             config.data.soft_labels = str((folder / part.name).with_suffix(f".{_TEACHER}"))
             Path(config.data.soft_labels).parent.mkdir(parents=True, exist_ok=True)
+            for teacher in map(Path, teachers):
+                with reading(teacher):
+                    read_submission(teacher / OUT_OF_FOLD_FILE)
             join_folds(teachers, config.data.soft_labels)
     train_whole(config, folder / part.name)
 
@@ -242,7 +252,7 @@ def _calibrate(part: Part, folder: Path, output: Path) -> None:
     A temperature fitted to the rows that it is judged by would flatter it.
     """
     fold = part.settings["fold"]
-    read = [Predictions.read(folder / name / PREDICTIONS_FILE) for name in part.needs[1:]]
+    read = [read_predictions(folder / name) for name in part.needs[1:]]
     others = [predictions for number, predictions in enumerate(read) if number != fold]
     logits = [np.log(np.maximum(p.probabilities, 1e-300)) for p in others]
     temperature = fit_temperature(
@@ -285,5 +295,5 @@ def _regress(vectors: Path, train: Comparisons, valid: Comparisons, output: Path
 def _write(output: Path, predictions: Predictions, run: Path | None, **more: Any) -> None:
     output.mkdir(parents=True, exist_ok=True)
     predictions.write(output / PREDICTIONS_FILE)
-    baselines = None if run is None else Baselines.load(run / BASELINES_FILE)
+    baselines = None if run is None else read_baselines(run)
     write_json(output / EVALUATION, {**predictions.evaluate(baselines), **more})

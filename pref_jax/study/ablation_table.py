@@ -1,11 +1,15 @@
 """The table of an ablation: losses on the held-out rows of all folds, each beside the base's."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
+from pref_jax.data.arena import read_comparisons
 from pref_jax.errors import InputError
 from pref_jax.evaluation.baselines import FILE as BASELINES_FILE
 from pref_jax.evaluation.baselines import Baselines
@@ -18,7 +22,6 @@ from pref_jax.study.variants import BASE, Stage, Variant, part_name
 
 EVALUATION = "evaluation.json"
 _REFERENCES = ("length", "prior")
-_REMEDY = "remove its folder and type the same command again"
 
 
 def write_table(
@@ -69,7 +72,9 @@ def _fill(
     losses = {name: _average(found) for name, found in read.items()}
     for variant in variants:
         if [p.ids for p in read[variant.name]] != [p.ids for p in read[BASE]]:
-            raise InputError(f"variant {variant.name}", "is of other rows than base", _REMEDY)
+            _refuse_other_rows(folder, stage, (BASE, variant.name))
+            made = folder / stage.name / variant.name
+            raise InputError(f"variant {variant.name}", "is of other rows than base", _again(made))
         line = {
             "name": variant.name,
             "kind": variant.kind,
@@ -106,20 +111,63 @@ def _fill(
         content["adversarial"].append(_measure_lengths(folder, stage))
 
 
+@contextlib.contextmanager
+def reading(part: Path) -> Iterator[None]:
+    """Files of a part: one that is damaged is mended by making the part again.
+
+    Raises:
+      InputError: what was raised, with that remedy.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise InputError(error.where, error.what, _again(part)) from error
+
+
+def _again(part: Path) -> str:
+    return f"remove {part} and type the same command again"
+
+
+def read_predictions(part: Path) -> Predictions:
+    """The answers of a part."""
+    with reading(part):
+        return Predictions.read(part / PREDICTIONS_FILE)
+
+
+def read_baselines(part: Path) -> Baselines:
+    """What needs no encoder, fitted on the training rows of a part."""
+    with reading(part):
+        return Baselines.load(part / BASELINES_FILE)
+
+
 def _read(
     folder: Path, stage: Stage, name: str, prefix: str = "", *, optional: bool = False
 ) -> list[Predictions]:
     """For each seed, the rows of all folds behind each other; nothing where a part is missing."""
     joined = []
     for seed in range(stage.seeds):
-        paths = [
-            folder / f"{prefix}{part_name(stage, name, seed, fold)}" / PREDICTIONS_FILE
-            for fold in range(stage.folds)
+        made = [
+            folder / f"{prefix}{part_name(stage, name, seed, fold)}" for fold in range(stage.folds)
         ]
-        if optional and not all(path.is_file() for path in paths):
+        if optional and not all((part / PREDICTIONS_FILE).is_file() for part in made):
             return []
-        joined.append(_join([Predictions.read(path) for path in paths]))
+        joined.append(_join([read_predictions(part) for part in made]))
     return joined
+
+
+def _refuse_other_rows(folder: Path, stage: Stage, names: Sequence[str]) -> None:
+    """Of variants that do not have the same rows, one has not those of its fold.
+
+    Raises:
+      InputError: names the file that has others.
+    """
+    for name, place in itertools.product(names, stage.repeats):
+        part = folder / part_name(stage, name, *place)
+        valid = folder / stage.name / "folds" / f"valid{place[1]}.csv"
+        if read_predictions(part).ids != read_comparisons(valid, labelled=True).ids:
+            raise InputError(
+                str(part / PREDICTIONS_FILE), "is not of the rows of its fold", _again(part)
+            )
 
 
 def _join(parts: Sequence[Predictions]) -> Predictions:
@@ -184,10 +232,22 @@ def _count_seconds(
     total = 0.0
     for name in needed:
         if parts[name].kind == "train":
-            total += float(read_json(folder / name / "result.json", _REMEDY)["train_seconds"])
+            total += _read_seconds(folder / name, "result.json", "train_seconds")
         elif parts[name].kind in ("vectors", "embeddings"):
-            total += float(read_json(folder / name / EVALUATION, _REMEDY)["seconds"])
+            total += _read_seconds(folder / name, EVALUATION, "seconds")
     return total
+
+
+def _read_seconds(part: Path, file: str, name: str) -> float:
+    with reading(part):
+        seconds = read_json(part / file, "").get(name)
+        if not _is_number(seconds):
+            raise InputError(str(part / file), f"has no number {name}", "")
+    return float(seconds)
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _count_passes(variant: Variant, stage: Stage, parts: Mapping[str, Part]) -> int:
@@ -200,10 +260,7 @@ def _count_passes(variant: Variant, stage: Stage, parts: Mapping[str, Part]) -> 
 
 
 def _baselines(folder: Path, stage: Stage) -> list[Baselines]:
-    return [
-        Baselines.load(folder / part_name(stage, BASE, 0, fold) / BASELINES_FILE)
-        for fold in range(stage.folds)
-    ]
+    return [read_baselines(folder / part_name(stage, BASE, 0, fold)) for fold in range(stage.folds)]
 
 
 def _find_references(
@@ -214,8 +271,7 @@ def _find_references(
     for name in _REFERENCES:
         losses = []
         for fold, baselines in enumerate(_baselines(folder, stage)):
-            path = folder / f"{prefix}{part_name(stage, BASE, 0, fold)}" / PREDICTIONS_FILE
-            rows = Predictions.read(path)
+            rows = read_predictions(folder / f"{prefix}{part_name(stage, BASE, 0, fold)}")
             answers = baselines.predict(name, rows.words)
             losses.append(measure_row_losses(answers, rows.labels, rows.tie_allowed))
         joined = np.concatenate(losses)
@@ -233,8 +289,7 @@ def _measure_lengths(folder: Path, stage: Stage) -> dict[str, Any]:
     """The regression on lengths on the adversarial rows."""
     losses, hits = [], []
     for fold, baselines in enumerate(_baselines(folder, stage)):
-        place = folder / f"adversarial/{part_name(stage, BASE, 0, fold)}"
-        rows = Predictions.read(place / PREDICTIONS_FILE)
+        rows = read_predictions(folder / f"adversarial/{part_name(stage, BASE, 0, fold)}")
         answers = baselines.predict("length", rows.words)
         losses.append(measure_row_losses(answers, rows.labels, rows.tie_allowed))
         hits.append((answers[:, :2].argmax(axis=1) == rows.labels).mean())
@@ -252,9 +307,25 @@ def read_table(folder: Path, stage: str) -> dict[str, Any]:
     """The JSON of a stage.
 
     Raises:
-      InputError: there is none.
+      InputError: there is none, or it is damaged.
     """
-    return read_json(folder / f"{stage}.json", "run --stage=screen first, or name --variants")
+    path = folder / f"{stage}.json"
+    content = read_json(path, f"run --stage={stage} first, or name --variants")
+    lines = content.get("variants")
+    if not isinstance(lines, list) or not all(map(_is_line, lines)):
+        raise InputError(
+            str(path), "is not a table of variants", f"run --stage={stage} again to write it anew"
+        )
+    return content
+
+
+def _is_line(line: Any) -> bool:
+    """Whether `pick_best` finds in a line what it needs."""
+    return (
+        isinstance(line, dict)
+        and all(isinstance(line.get(name), str) for name in ("name", "kind"))
+        and _is_number(line.get("log_loss"))
+    )
 
 
 def pick_best(content: Mapping[str, Any]) -> list[str]:

@@ -1,5 +1,6 @@
 """Logistic regression over frozen embeddings, lengths and cosines: what to beat."""
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from pref_jax.data.arena import Comparisons
+from pref_jax.errors import InputError
 from pref_jax.evaluation.baselines import count_words, measure_features
 from pref_jax.evaluation.metrics import measure_row_losses
 from pref_jax.experiment import Experiment, find_backbone
@@ -142,7 +144,15 @@ def save_vectors(path: Path, ids: list[str], vectors: np.ndarray) -> None:
 
 
 def load_vectors(path: Path, ids: list[str]) -> np.ndarray:
-    """The vectors of these rows, in this order."""
-    with np.load(path) as content:
-        place = {name: row for row, name in enumerate(content["ids"].tolist())}
-        return content["vectors"][[place[name] for name in ids]]
+    """The vectors of these rows, in this order.
+
+    Raises:
+      InputError: no such file, or not written by `save_vectors` for these rows.
+    """
+    try:
+        with np.load(path) as content:
+            place = {name: row for row, name in enumerate(content["ids"].tolist())}
+            return content["vectors"][[place[name] for name in ids]]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        remedy = f"remove {path.parent} and type the same command again"
+        raise InputError(str(path), "does not hold the vectors of these rows", remedy) from error

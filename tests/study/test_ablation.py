@@ -17,7 +17,7 @@ from pref_jax import config_file
 from pref_jax.data.arena import read_comparisons
 from pref_jax.errors import InputError
 from pref_jax.study import ablation
-from pref_jax.study.embeddings import fit_and_predict
+from pref_jax.study.embeddings import fit_and_predict, load_vectors, save_vectors
 from pref_jax.study.folds import check_folds, write_folds
 from pref_jax.study.plan import Part
 from pref_jax.study.variants import STAGES, make_parts, read_variants
@@ -186,6 +186,55 @@ def test_teachers_learn_from_the_training_rows_of_their_fold(recipe: ConfigDict)
             assert part.config is not None and part.config.data.folds == 2
             assert part.settings["fold"] == fold and part.settings["rows"] == "tie"
             assert part.needs == ("screen/folds",)
+
+
+DAMAGED = [
+    ("base/seed0_fold0/result.json", b"{}", "has no number train_seconds"),
+    ("base/seed0_fold0/result.json", b"[]", "is not a JSON object"),
+    ("base/seed0_fold0/baselines.json", None, "is missing"),
+    ("base/seed0_fold1/baselines.json", b"{}", "is not a file of fitted baselines"),
+    ("base/seed0_fold1/valid_predictions.csv", None, "No such file"),
+    ("base/seed0_fold0/valid_predictions.csv", -1, "is not of the rows of its fold"),
+    ("calibrate/seed0_fold1/valid_predictions.csv", -1, "is not of the rows of its fold"),
+    ("lengths/seed0_fold0/valid_predictions.csv", b"id", "has no rows"),
+    ("embeddings/seed0_fold1/evaluation.json", b'{"seconds": "5"}', "has no number seconds"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "words"), DAMAGED)
+def test_a_damaged_part_says_how_to_mend_it(
+    folder: Path, table: dict, tmp_path: Path, name: str, content: bytes | int | None, words: str
+) -> None:
+    shutil.copytree(folder / "ablation", tmp_path / "ablation")
+    path = tmp_path / "ablation/screen" / name
+    if content is None:
+        path.unlink()
+    elif isinstance(content, int):
+        path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:content]))
+    else:
+        path.write_bytes(content)
+    flags = typed(folder, f"--workdir={tmp_path}/ablation")
+    outcome = call("ablate", *flags)
+    assert outcome.code == 2 and outcome.stderr.startswith(f"error: {path}: {words}"), outcome
+    assert f"; remove {path.parent} and type the same command again" in outcome.stderr
+    if not name.startswith(("base", "lengths")):  # the others train nothing
+        shutil.rmtree(path.parent)
+        assert call("ablate", *flags).code == 0
+        lines = json.loads((tmp_path / "ablation/screen.json").read_text())["variants"]
+        assert [line["log_loss"] for line in lines] == pytest.approx(
+            [line["log_loss"] for line in table["variants"]], abs=1e-6
+        )
+
+
+@pytest.mark.parametrize("content", [b"", b"no zip", None])
+def test_damaged_vectors_are_named(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "vectors.npz"
+    save_vectors(path, ["a", "b"], np.ones((2, 3, 4), np.float32))
+    assert load_vectors(path, ["b"]).shape == (1, 3, 4)
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=f"vectors.npz: .*; remove {tmp_path} and type"):
+        load_vectors(path, ["a", "c"])
 
 
 def test_what_is_finished_is_not_run_again(
@@ -414,6 +463,19 @@ def test_confirm_adds_the_regression_where_it_can(
         outcome = call("ablate", *flags, "--stage=confirm", f"--workdir={place}")
         assert outcome.code == 0, outcome
         assert ("confirm/embeddings/seed0_fold4" in asked) is expected
+
+
+@pytest.mark.parametrize(
+    "variants",
+    [3, None, [3], [{"name": "ema", "kind": "option"}], [{"name": [], "kind": 1, "log_loss": 1}]],
+)
+def test_a_damaged_screen_is_named(folder: Path, tmp_path: Path, variants: object) -> None:
+    write_screen(tmp_path / "ablation")
+    path = tmp_path / "ablation/screen.json"
+    path.write_text(json.dumps({"variants": variants}))
+    outcome = call("ablate", *typed(folder, "--stage=confirm", f"--workdir={path.parent}"))
+    words = f"error: {path}: is not a table of variants; run --stage=screen again"
+    assert outcome.code == 2 and words in outcome.stderr, outcome
 
 
 def test_a_screen_of_another_list_is_named(folder: Path, tmp_path: Path) -> None:
