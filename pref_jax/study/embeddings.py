@@ -89,7 +89,7 @@ def fit_and_predict(
     """Probabilities ``[n, 3]`` of ``others``; the penalty is chosen by folds of the training rows.
 
     Where these are too few to make folds of, it is the usual one; where all have the same label,
-    there is nothing to regress on, and half a row stands in for a label that did not occur.
+    there is nothing to regress on. Half a row stands in for a label that did not occur.
 
     Args:
       features: of the training rows. labels: 0, 1, 2. groups: of their prompts.
@@ -102,7 +102,7 @@ def fit_and_predict(
     from sklearn.preprocessing import StandardScaler
 
     def answer(model: Any, rows: np.ndarray) -> np.ndarray:
-        probabilities = np.full((len(rows), 3), 1e-9)
+        probabilities = np.full((len(rows), 3), 0.5 / (len(labels) + 1))
         probabilities[:, model.classes_] += model.predict_proba(rows)
         return probabilities / probabilities.sum(axis=1, keepdims=True)
 
