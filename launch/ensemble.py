@@ -43,6 +43,10 @@ def main(options: Any, runs: list[str]) -> None:
             f"is not read with --{instead[0]}" if instead else "no file is named",
             "leave one of them out" if instead else "type --data=test.csv",
         )
+    read = {"out_of_fold": (), "mean_adapters": ("weights", "base")}
+    for name in ("swap_average", "weights", "base"):
+        if instead and options[name].value and name not in read[instead[0]]:
+            raise InputError(f"--{name}", f"is not read with --{instead[0]}", "leave it out")
     if options.out_of_fold:
         join_folds(runs, options.output)
         return

@@ -29,10 +29,15 @@ flags.DEFINE_string("output", None, "JSON file to write; table and figure come b
 
 
 def main(options, config):
+    from pref_jax.errors import InputError
     from pref_jax.files import check_output_file
 
     output = None if options.output is None else Path(options.output)
     if output is not None:
+        if output.suffix != ".json":
+            raise InputError(
+                str(output), "does not end in .json", "table and figure take the other endings"
+            )
         for suffix in (output.suffix, ".md", ".png"):
             check_output_file(
                 output.with_suffix(suffix),

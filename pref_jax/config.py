@@ -431,6 +431,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "train.clip_norm": (0, _ANY),
     "train.distill_weight": (0, 1),
     "train.ema": (0, 0.999999),
+    "train.layer_decay": (1e-6, 1),
     "eval.every_steps": (1, 2**31 - 1),
     "checkpoint.every_steps": (1, 2**31 - 1),
     "checkpoint.keep": (1, 10_000),
@@ -440,7 +441,6 @@ _ABOVE_ZERO = (
     "train.epochs",
     "train.learning_rate",
     "train.max_hours",
-    "train.layer_decay",
     "model.config.rope_theta",
 )
 

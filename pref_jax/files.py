@@ -16,6 +16,9 @@ from typing import Any
 
 from pref_jax.errors import InputError, RunError
 
+# Of a run's config, section "data".
+_DATA_FILES = ("train", "valid", "soft_labels", "annotations", "properties")
+
 
 def check_output_file(
     path: str | Path,
@@ -64,6 +67,18 @@ def check_output_file(
     except OSError as error:  # no permission, or a longer name than the file system takes
         raise _explain(target, error) from error
     return target
+
+
+def run_inputs(workdir: str | Path) -> list[str]:
+    """The files that a run on this machine learned from, as its config names them.
+
+    They are for `check_output_file`; a run that cannot be read has none here, its reader says why.
+    """
+    try:
+        data = json.loads((Path(workdir) / "config.json").read_bytes())["data"]
+        return [data[name] for name in _DATA_FILES if isinstance(data.get(name), str)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return []
 
 
 def check_room(path: Path) -> None:

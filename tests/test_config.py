@@ -156,6 +156,7 @@ def test_overrides_that_do_not_fit(name: str, text: str | None, expected: str) -
         ("train.schedule", "step"),
         ("train.clip_norm", "-1"),
         ("train.layer_decay", "0"),
+        ("train.layer_decay", "5"),
         ("train.precision", "fp8"),
         ("train.remat", "all"),
         ("eval.every_steps", "0"),

@@ -25,7 +25,7 @@ from pref_jax.evaluation.rating_metrics import (
 )
 from pref_jax.evaluation.submission import round_probabilities, write_submission
 from pref_jax.experiment import Run, load_run
-from pref_jax.files import check_output_file, write_durably, write_json
+from pref_jax.files import check_output_file, run_inputs, write_durably, write_json
 from pref_jax.memory import shortage_explained
 from pref_jax.training.progress import Progress
 
@@ -277,7 +277,7 @@ def _check_share(swap_average: bool, swap_share: float) -> None:
 
 def _check_output(output: str | None, data: str, workdir: str) -> None:
     if output is not None:
-        check_output_file(output, inputs=(data,), outside=workdir)
+        check_output_file(output, inputs=(data, *run_inputs(workdir)), outside=workdir)
         refuse_paid_ratings(Path(output))
 
 

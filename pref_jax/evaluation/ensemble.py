@@ -13,7 +13,7 @@ from pref_jax.evaluation.commands import score
 from pref_jax.evaluation.metrics import measure_row_losses
 from pref_jax.evaluation.submission import OUT_OF_FOLD_FILE, read_submission, write_submission
 from pref_jax.experiment import load_run
-from pref_jax.files import check_output_file
+from pref_jax.files import check_output_file, read_json, run_inputs
 from pref_jax.training.mirror import local_run
 
 
@@ -90,9 +90,10 @@ def join_folds(runs: Sequence[str], output: str) -> None:
     that was trained on it. Rows that several runs held out get the mean.
 
     Raises:
-      InputError: a run without a held-out fold; nothing is written then.
+      InputError: a run without a held-out fold, or of other data; nothing is written then.
     """
     _check(runs, output, None)
+    missing = _check_folds(runs)
     sums: dict[str, np.ndarray] = {}
     counts: dict[str, int] = {}
     for workdir in runs:
@@ -108,11 +109,39 @@ def join_folds(runs: Sequence[str], output: str) -> None:
     mean = np.stack([sums[name] / counts[name] for name in sums])
     write_submission(Path(output), list(sums), mean)
     print(f"{len(sums)} rows of {len(runs)} folds: {output}")
+    for line in missing:
+        print(line)
+
+
+def _check_folds(runs: Sequence[str]) -> list[str]:
+    """Whether the runs are folds of one file; says which folds no run has.
+
+    Raises:
+      InputError: runs of other data than the first one's.
+    """
+    digests: dict[str, str] = {}
+    found: dict[tuple[int, int], set[int]] = {}
+    for workdir in runs:
+        folder, remedy = local_run(workdir, checkpoint=False), "name a run of launch/train.py"
+        data = read_json(folder / "config.json", remedy).get("data", {})
+        digests[workdir] = read_json(folder / "model.json", remedy).get("data", {}).get("train", "")
+        if digests[workdir] != digests[runs[0]]:
+            what = f"was trained on other data than {runs[0]}"
+            raise InputError(workdir, what, "join runs whose --config.data.train is one file")
+        if data.get("fold") is not None:
+            place = (int(data["folds"]), int(read_json(folder / "config.json", remedy)["seed"]))
+            found.setdefault(place, set()).add(int(data["fold"]))
+    return [
+        f"note: of {folds} folds (seed {seed}) no run has {', '.join(map(str, sorted(left)))}:"
+        " their rows are not in the file"
+        for (folds, seed), seen in found.items()
+        if (left := set(range(folds)) - seen)
+    ]
 
 
 def _check(runs: Sequence[str], output: str, data: str | None) -> None:
     for number, workdir in enumerate(runs):
-        check_output_file(output, inputs=(data,), outside=workdir)
+        check_output_file(output, inputs=(data, *run_inputs(workdir)), outside=workdir)
         if Path(workdir).resolve() in [Path(other).resolve() for other in runs[:number]]:
             raise InputError(workdir, "is named twice", "name it once; --weights gives it more")
     refuse_paid_ratings(Path(output))

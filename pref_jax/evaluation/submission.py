@@ -77,7 +77,9 @@ def read_submission(path: str | Path) -> tuple[list[str], npt.NDArray[np.float64
         except ValueError as error:
             raise InputError(f"{where}:{number}", "is not an id and 3 numbers", remedy) from error
         line = values[number - 1]
-        if not np.isfinite(line).all() or (line < 0).any() or abs(line.sum() - 1) > 1e-4:
+        if not (np.isfinite(line) & (line >= 0)).all():
+            raise InputError(f"{where}:{number}", "holds a number that is no probability", remedy)
+        if abs(line.sum() - 1) > 1e-4:
             raise InputError(f"{where}:{number}", "probabilities do not sum to 1", remedy)
         if name in seen:
             what = f"the id {name!a} stands in row {seen[name]} already"

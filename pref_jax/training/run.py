@@ -62,7 +62,9 @@ class CompiledStep:
         self.schedule = make_schedule(
             train.schedule, train.learning_rate, train.warmup_steps, total_steps
         )
-        head_rate = train.head_learning_rate or train.learning_rate
+        head_rate = train.head_learning_rate
+        if head_rate is None:
+            head_rate = train.learning_rate
         self.optimizer = make_optimizer(
             self.schedule,
             weight_decay=train.weight_decay,

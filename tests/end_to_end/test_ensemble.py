@@ -141,6 +141,8 @@ def test_a_student_depends_on_its_teacher(data: Path, student: Path, teacher: Pa
         (("--data={data}/test.csv", "--weights=1"), "--weights: '1' is not one number"),
         (("--data={data}/test.csv", "--weights=1,-1"), "above 0"),
         (("--data={data}/test.csv", "--out_of_fold"), "is not read with --out_of_fold"),
+        (("--weights=2,1", "--out_of_fold"), "--weights: is not read with --out_of_fold"),
+        (("--swap_average", "--out_of_fold"), "--swap_average: is not read with"),
         ((), "no file is named"),
     ],
 )
@@ -151,6 +153,35 @@ def test_wrong_use_is_one_line(
     typed = [flag.format(data=data) for flag in flags]
     outcome = call("ensemble", *folds, *typed, f"--output={output}")
     assert outcome.code == 2 and words in outcome.stderr, outcome
+    assert outcome.stderr.count("\n") == 1 and not output.exists()
+
+
+def test_the_rows_that_taught_the_runs_are_not_written_over(data: Path, folds: list[Path]) -> None:
+    before = (data / "train.csv").read_bytes()
+    outcome = call("ensemble", *folds, "--out_of_fold", f"--output={data}/train.csv")
+    assert outcome.code == 2 and "train.csv: is the data itself" in outcome.stderr, outcome
+    assert (data / "train.csv").read_bytes() == before
+
+
+def test_a_fold_that_no_run_has_is_told(data: Path, folds: list[Path]) -> None:
+    outcome = call("ensemble", folds[0], "--out_of_fold", f"--output={data}/half.csv")
+    assert outcome.code == 0 and "of 2 folds (seed 0) no run has 1:" in outcome.stdout, outcome
+    both = call("ensemble", *folds, "--out_of_fold", f"--output={data}/both.csv")
+    assert both.code == 0 and "no run has" not in both.stdout, both
+
+
+def test_folds_of_other_rows_are_not_joined(data: Path, folds: list[Path]) -> None:
+    """The same ids may stand for other texts."""
+    strange = data / "strange_fold"
+    strange.mkdir()
+    for name in ("config.json", "model.json", "out_of_fold.csv"):
+        (strange / name).write_bytes((folds[1] / name).read_bytes())
+    model = json.loads((strange / "model.json").read_text())
+    model["data"]["train"] = "0" * 64
+    (strange / "model.json").write_text(json.dumps(model))
+    output = data / "refused.csv"
+    outcome = call("ensemble", folds[0], strange, "--out_of_fold", f"--output={output}")
+    assert outcome.code == 2 and "strange_fold: was trained on other data" in outcome.stderr
     assert outcome.stderr.count("\n") == 1 and not output.exists()
 
 

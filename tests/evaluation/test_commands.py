@@ -128,4 +128,18 @@ def test_data_and_run_are_not_written_over(world: Path, repository: Path, name: 
         )
         assert done.code == 2 and f"{world}/{output}: {what}; name" in done.stderr, done
     assert (world / "rows.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["predict", "evaluate"])
+def test_what_the_run_learned_from_is_not_written_over(
+    world: Path, repository: Path, name: str
+) -> None:
+    before = (world / "rows.csv").read_bytes()
+    (world / "other.csv").write_bytes(before)
+    done = command.call(
+        repository / "launch" / f"{name}.py",
+        [f"--workdir={world}/run", f"--data={world}/other.csv", f"--output={world}/rows.csv"],
+    )
+    assert done.code == 2 and f"{world}/rows.csv: is the data itself; name" in done.stderr, done
+    assert (world / "rows.csv").read_bytes() == before
     assert not (world / "run" / "new.json").exists()

@@ -82,6 +82,13 @@ def test_what_cannot_be_compared_is_one_line(data: Path, argument: str, said: st
     assert said in outcome.stderr
 
 
+def test_the_table_does_not_take_the_place_of_the_turns(data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "race.md"
+    done = call("race", *TINY, f"--config.data.train={data}", f"--output={output}")
+    assert done.code == 2 and "race.md: does not end in .json" in done.stderr, done
+    assert not output.exists()
+
+
 def test_without_the_other_side_it_says_what_to_install(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -93,10 +93,20 @@ def test_a_linear_head_is_a_regression_on_three_numbers(rows: Path) -> None:
     fitted = fit_lengths(experiment, experiment.initial_params(), samples, numbers)
     lengths = np.log1p([samples.text_lengths(int(number)) for number in numbers])
     features = np.column_stack([lengths, lengths[:, 0] - lengths[:, 1]])
-    theirs = LogisticRegression(C=1e4, max_iter=10_000, tol=1e-9)
+    theirs = LogisticRegression(C=1.0, max_iter=10_000, tol=1e-9)
     theirs.fit(features, samples.labels[numbers])
     found = predict(experiment, fitted, samples, numbers)
     np.testing.assert_allclose(found, theirs.predict_log_proba(features), atol=0.02)
+
+
+def test_a_dozen_rows_are_not_learned_by_heart(rows: Path) -> None:
+    """Held-out rows lose little by the fit, where there is next to nothing to fit."""
+    experiment, samples, numbers = prepare(rows, "scores")
+    few, others = numbers[:12], numbers[12:]
+    fitted = fit_lengths(experiment, experiment.initial_params(), samples, few)
+    logits = predict(experiment, fitted, samples, others)
+    loss = -float(logits[np.arange(len(others)), samples.labels[others]].mean())
+    assert loss < np.log(3) + 0.25
 
 
 def test_a_run_starts_from_it_unless_told_not_to(rows: Path, tmp_path: Path) -> None:
