@@ -14,6 +14,7 @@ from flax import linen as nn
 from pref_jax.models.attention import attend
 from pref_jax.models.dropout import dropout
 from pref_jax.models.layers import Dense, Embedding, LayerNorm, gelu
+from pref_jax.models.products import PRODUCT
 from pref_jax.models.segment_attention import Segments, attend_segments, find_segments
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -200,7 +201,10 @@ class Embeddings(nn.Module):
 
 REMAT_POLICIES: dict[str, Callable | None] = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

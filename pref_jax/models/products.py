@@ -7,6 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+# Name of results for policies of `jax.checkpoint`, which see no product inside a `custom_vjp`.
+PRODUCT = "product"
 
 
 def contract(
@@ -46,7 +50,7 @@ def matmul(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype, out: jnp.dtype) ->
     """
     if {x.dtype, kernel.dtype, jnp.dtype(out), jnp.dtype(dtype)} == {jnp.dtype(jnp.float32)}:
         return contract(x, [x.ndim - 1], kernel, [0], out)  # nothing is rounded
-    return _rounded(x, kernel, dtype, out)
+    return checkpoint_name(_rounded(x, kernel, dtype, out), PRODUCT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

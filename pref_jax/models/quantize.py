@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from pref_jax.models import products
 
@@ -154,7 +155,7 @@ def matmul(x: jax.Array, kernel: jax.Array | Kernel, dtype: jnp.dtype) -> jax.Ar
     the product, which is the same sum and leaves the weights in 8 bits until they are multiplied.
     """
     if isinstance(kernel, dict):
-        return _quantized_product(x, kernel, dtype)
+        return checkpoint_name(_quantized_product(x, kernel, dtype), products.PRODUCT)
     return products.matmul(x, kernel, dtype, dtype)
 
 

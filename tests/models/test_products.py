@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from pref_jax.models.bert import REMAT_POLICIES
 from pref_jax.models.layers import Dense
 from pref_jax.models.lora import Projection
 from pref_jax.models.products import matmul
 
 BFLOAT16 = jnp.dtype("bfloat16")
+LAYER = Dense(8, ("embed", "mlp"), BFLOAT16)
+INT8 = Projection(8, ("embed", "mlp"), dtype=BFLOAT16, quantization="int8")
 FROZEN = Projection(8, ("embed", "mlp"), dtype=BFLOAT16, kernel_dtype=BFLOAT16)
 
 
@@ -34,7 +37,7 @@ def test_gradients_are_sums_in_float32_of_rounded_operands(out: str) -> None:
     np.testing.assert_allclose(np.asarray(d_x, np.float64), rounded, rtol=2**-7, atol=1e-6)
 
 
-@pytest.mark.parametrize("module", [Dense(8, ("embed", "mlp"), BFLOAT16), FROZEN], ids=type)
+@pytest.mark.parametrize("module", [LAYER, FROZEN], ids=["layer", "frozen"])
 def test_a_layer_in_bfloat16_multiplies_16_bit_operands_into_32_bits(module: nn.Module) -> None:
     """Forward and backward; XLA on a CPU would multiply anything else as float32."""
     x = draw(4, 32, seed=0)
@@ -49,3 +52,21 @@ def test_a_layer_in_bfloat16_multiplies_16_bit_operands_into_32_bits(module: nn.
     assert len(products) == 1 + len(trained), text
     assert not [operands for operands, _ in products if "f32" in operands]
     assert not [result for _, result in products if "f32" not in result]
+
+
+@pytest.mark.parametrize("module", [LAYER, FROZEN, INT8], ids=["layer", "frozen", "int8"])
+@pytest.mark.parametrize(("remat", "products"), [("dots", 2), ("full", 3)])
+def test_what_is_kept_of_products_is_not_computed_again(
+    module: nn.Module, remat: str, products: int
+) -> None:
+    """The product, that of its gradient, and under "full" the product once more."""
+    x = draw(4, 32, seed=0)
+    variables = module.init(jax.random.key(1), x)
+
+    def apply(x: jax.Array) -> jax.Array:
+        y = jnp.sin(module.apply(variables, x).astype(jnp.float32))
+        return jnp.cos(y * y).sum()
+
+    checkpointed = jax.checkpoint(apply, policy=REMAT_POLICIES[remat])
+    text = jax.jit(jax.value_and_grad(checkpointed)).lower(x).as_text()
+    assert text.count("stablehlo.dot_general") == products, text
