@@ -60,13 +60,11 @@ class LayerNorm(nn.Module):
         shape = (x.shape[-1],)
         scale = self.param("scale", named(nn.initializers.ones, "norm"), shape, jnp.float32)
         bias = self.param("bias", named(nn.initializers.zeros, "norm"), shape, jnp.float32)
-        # Two axes: XLA's CPU compiler sums a product over the last of three axes an order of
-        # magnitude slower, which the gradient does.
-        x_FxD = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-        x_FxD = x_FxD - x_FxD.mean(axis=-1, keepdims=True)
-        variance = (x_FxD * x_FxD).mean(axis=-1, keepdims=True)
-        y_FxD = x_FxD * lax.rsqrt(variance + self.epsilon) * scale.astype(jnp.float32)
-        return (y_FxD + bias.astype(jnp.float32)).astype(self.dtype).reshape(x.shape)
+        x = x.astype(jnp.float32)
+        x = x - x.mean(axis=-1, keepdims=True)
+        variance = (x * x).mean(axis=-1, keepdims=True)
+        y = x * lax.rsqrt(variance + self.epsilon) * scale.astype(jnp.float32)
+        return (y + bias.astype(jnp.float32)).astype(self.dtype)
 
 
 @jax.custom_vjp
