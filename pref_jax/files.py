@@ -75,10 +75,12 @@ def run_inputs(workdir: str | Path) -> list[str]:
     They are for `check_output_file`; a run that cannot be read has none here, its reader says why.
     """
     try:
-        data = json.loads((Path(workdir) / "config.json").read_bytes())["data"]
-        return [data[name] for name in _DATA_FILES if isinstance(data.get(name), str)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        data = read_json(Path(workdir) / "config.json", "").get("data")
+    except InputError:
         return []
+    if not isinstance(data, dict):
+        return []
+    return [data[name] for name in _DATA_FILES if isinstance(data.get(name), str)]
 
 
 def check_room(path: Path) -> None:

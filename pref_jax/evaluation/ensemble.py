@@ -93,11 +93,12 @@ def join_folds(runs: Sequence[str], output: str) -> None:
       InputError: a run without a held-out fold, or of other data; nothing is written then.
     """
     _check(runs, output, None)
-    missing = _check_folds(runs)
+    folders = [local_run(workdir, checkpoint=False) for workdir in runs]
+    missing = _check_folds(runs, folders)
     sums: dict[str, np.ndarray] = {}
     counts: dict[str, int] = {}
-    for workdir in runs:
-        path = local_run(workdir, checkpoint=False) / OUT_OF_FOLD_FILE
+    for folder in folders:
+        path = folder / OUT_OF_FOLD_FILE
         if not path.is_file():
             raise InputError(
                 str(path), "is missing", "train that run to its end with --config.data.fold"
@@ -113,24 +114,27 @@ def join_folds(runs: Sequence[str], output: str) -> None:
         print(line)
 
 
-def _check_folds(runs: Sequence[str]) -> list[str]:
-    """Whether the runs are folds of one file; says which folds no run has.
+def _check_folds(runs: Sequence[str], folders: Sequence[Path]) -> list[str]:
+    """Whether the runs, read from ``folders``, are folds of one file.
+
+    Returns:
+      A line for each cross-validation of which no run has some fold.
 
     Raises:
       InputError: runs of other data than the first one's.
     """
-    digests: dict[str, str] = {}
+    remedy = "name a run of launch/train.py"
+    models = [read_json(folder / "model.json", remedy) for folder in folders]
+    digests = [model.get("data", {}).get("train") for model in models]
     found: dict[tuple[int, int], set[int]] = {}
-    for workdir in runs:
-        folder, remedy = local_run(workdir, checkpoint=False), "name a run of launch/train.py"
-        data = read_json(folder / "config.json", remedy).get("data", {})
-        digests[workdir] = read_json(folder / "model.json", remedy).get("data", {}).get("train", "")
-        if digests[workdir] != digests[runs[0]]:
+    for workdir, folder, digest in zip(runs, folders, digests, strict=True):
+        if digest != digests[0]:
             what = f"was trained on other data than {runs[0]}"
             raise InputError(workdir, what, "join runs whose --config.data.train is one file")
+        config = read_json(folder / "config.json", remedy)
+        data = config.get("data", {})
         if data.get("fold") is not None:
-            place = (int(data["folds"]), int(read_json(folder / "config.json", remedy)["seed"]))
-            found.setdefault(place, set()).add(int(data["fold"]))
+            found.setdefault((data["folds"], config["seed"]), set()).add(data["fold"])
     return [
         f"note: of {folds} folds (seed {seed}) no run has {', '.join(map(str, sorted(left)))}:"
         " their rows are not in the file"

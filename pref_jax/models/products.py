@@ -1,7 +1,7 @@
 """Matrix products whose backward pass multiplies in the precision of the forward pass."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,16 +18,19 @@ def contract(
 ) -> jax.Array:
     """Sums over ``axes`` of ``x`` and ``axis`` of ``y``; the result is in ``out``."""
 
-    def sum_in(kept: jnp.dtype) -> Callable[[jax.Array, jax.Array], jax.Array]:
-        dimensions = ((tuple(axes), tuple(axis)), ((), ()))
-        return lambda x, y: lax.dot_general(x, y, dimensions, preferred_element_type=kept)
-
+    product = functools.partial(
+        lax.dot_general, dimension_numbers=((tuple(axes), tuple(axis)), ((), ()))
+    )
+    direct = functools.partial(product, preferred_element_type=out)
     if jnp.dtype(out).itemsize >= 4:
-        return sum_in(out)(x, y)
+        return direct(x, y)
     # XLA's CPU compiler has no product with a 16-bit result: it would multiply as float32, at a
     # fraction of the speed. Elsewhere it rounds the sums as it writes them.
     return lax.platform_dependent(
-        x, y, cpu=lambda x, y: sum_in(jnp.float32)(x, y).astype(out), default=sum_in(out)
+        x,
+        y,
+        cpu=lambda x, y: product(x, y, preferred_element_type=jnp.float32).astype(out),
+        default=direct,
     )
 
 

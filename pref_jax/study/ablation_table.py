@@ -18,7 +18,7 @@ from pref_jax.evaluation.predictions import FILE as PREDICTIONS_FILE
 from pref_jax.evaluation.predictions import Predictions
 from pref_jax.files import read_json, write_durably, write_json
 from pref_jax.study.plan import Part
-from pref_jax.study.variants import BASE, Stage, Variant, part_name
+from pref_jax.study.variants import BASE, FOLDS, Stage, Variant, part_name
 
 EVALUATION = "evaluation.json"
 _REFERENCES = ("length", "prior")
@@ -163,7 +163,7 @@ def _refuse_other_rows(folder: Path, stage: Stage, names: Sequence[str]) -> None
     """
     for name, place in itertools.product(names, stage.repeats):
         part = folder / part_name(stage, name, *place)
-        valid = folder / stage.name / "folds" / f"valid{place[1]}.csv"
+        valid = folder / stage.name / FOLDS / f"valid{place[1]}.csv"
         if read_predictions(part).ids != read_comparisons(valid, labelled=True).ids:
             raise InputError(
                 str(part / PREDICTIONS_FILE), "is not of the rows of its fold", _again(part)

@@ -20,7 +20,7 @@ from pref_jax.models.classifiers import mean_tokens
 _TEXTS = ("prompt", "response_a", "response_b")
 _TOKENS = 4096  # of a forward pass
 _INVERSE_PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0)
-_USUAL_PENALTY = 0.1  # where there are too few rows to choose by
+_USUAL_INVERSE_PENALTY = 0.1  # where there are too few rows to choose by
 _NUMBERS = 10  # lengths and cosines, behind the vectors
 
 
@@ -116,7 +116,7 @@ def fit_and_predict(
     scaled = make_column_transformer(
         (StandardScaler(), slice(-_NUMBERS, None)), remainder="passthrough"
     )
-    model = make_pipeline(scaled, LogisticRegression(C=_USUAL_PENALTY, max_iter=2000))
+    model = make_pipeline(scaled, LogisticRegression(C=_USUAL_INVERSE_PENALTY, max_iter=2000))
     splits = _split(labels, groups)
     if not splits:
         return answer(model.fit(features, labels), others)

@@ -30,8 +30,8 @@ _TYPES = {
     "read": (str, "a text"),
 }
 # Folders of the ablation's own beside those of the variants.
-_FOLDS, _VECTORS, _TEACHERS = "folds", "vectors", ("teacher0", "teacher1")
-_RESERVED = (_FOLDS, _VECTORS, *_TEACHERS, ".", "..")
+FOLDS, _VECTORS, _TEACHERS = "folds", "vectors", ("teacher0", "teacher1")
+_RESERVED = (FOLDS, _VECTORS, *_TEACHERS, ".", "..")
 _LONGEST_NAME = 200  # bytes; file systems take 255
 # Fields that follow from the ablation, and what to do to change them.
 _OWN = {
@@ -168,7 +168,7 @@ def make_parts(
     Raises:
       InputError: a variant whose fields do not go with the recipe.
     """
-    folds, vectors = f"{stage.name}/{_FOLDS}", f"{stage.name}/{_VECTORS}"
+    folds, vectors = f"{stage.name}/{FOLDS}", f"{stage.name}/{_VECTORS}"
     parts = {folds: Part(folds, "folds", (), {"data": digest, "folds": stage.folds})}
 
     def add(name: str, kind: str, needs: Sequence[str], place: tuple[int, int], **more: Any) -> str:
