@@ -21,7 +21,6 @@ from pref_jax.models.bert import EncoderConfig
 from pref_jax.models.llama import LlamaConfig
 from pref_jax.training.loop import read_ahead
 from pref_jax.training.run import CompiledStep, make_plan
-from pref_jax.training.state import create_state
 
 
 def encoder_flops(
@@ -168,7 +167,7 @@ def _time_training(
     executable = compiled.executable
     plan = make_plan(experiment, samples, rows)
     trainable, frozen = experiment.split(experiment.initial_params())
-    state = create_state(trainable, compiled.optimizer, compiled.abstract)
+    state = compiled.create_state(trainable)
     updates, seconds = [], []
     source: Iterator[Update] = read_ahead(plan, 0, steps + 1)
     mesh = experiment.mesh

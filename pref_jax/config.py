@@ -589,14 +589,12 @@ def _check_head(config: ConfigDict) -> None:
                     "layout response reads one response at a time",
                     "set it to false",
                 )
-    if layout == "decoder":
-        for name, default in (("pooling", "cls"), ("length_features", False)):
-            if model[name] != default:
-                raise InputError(
-                    f"--config.model.{name}",
-                    "it is for encoders; a decoder is judged by its last token's state alone",
-                    "leave it out",
-                )
+    if layout == "decoder" and model.pooling != "cls":
+        raise InputError(
+            "--config.model.pooling",
+            "it is for encoders; a decoder is judged by its last token's state",
+            "leave it out",
+        )
 
 
 def _check_mesh(mesh: ConfigDict) -> None:

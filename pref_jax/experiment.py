@@ -25,6 +25,7 @@ from pref_jax import hosts
 from pref_jax import mesh as meshes
 from pref_jax.accelerators import describe_mixture, find_weakest
 from pref_jax.annotation.properties import Property, PropertySet, load_properties
+from pref_jax.compilation import compile_program
 from pref_jax.config import parse_targets
 from pref_jax.data.batches import Geometry, Samples, make_geometry
 from pref_jax.data.segments import Layout
@@ -409,6 +410,7 @@ class Experiment:
                 quantization=config.model.quantization,
                 head=self.head,
                 frozen_layers=config.model.frozen_layers,
+                length_features=config.model.length_features,
                 head_dropout=float(config.model.head_dropout),
                 dtype=self.precision.compute,
                 frozen_dtype=self.precision.compute if section.rank else jnp.dtype("float32"),
@@ -570,7 +572,8 @@ class Experiment:
     def _random(self, key: jax.Array, abstract: Any) -> Any:
         names = set(abstract)
 
-        def draw(key: jax.Array) -> Any:
+        def draw(key_data: jax.Array) -> Any:
+            key = jax.random.wrap_key_data(key_data)
             tokens = jnp.zeros((1, self.layout.max_length), jnp.int32)
             pool = jnp.zeros((1, 1, self.sides), jnp.int32)
             lengths = jnp.zeros((1, 1, 2), jnp.int32)
@@ -578,7 +581,15 @@ class Experiment:
             return {name: params[name] for name in names}
 
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        return jax.jit(draw, out_shardings=shardings)(key)
+        everywhere = meshes.replicated(self.mesh)
+        key_data = meshes.place(np.asarray(jax.random.key_data(key)), everywhere)
+        abstract_key = jax.ShapeDtypeStruct(key_data.shape, key_data.dtype, sharding=everywhere)
+        program = compile_program(
+            jax.jit(draw, out_shardings=shardings),
+            (abstract_key,),
+            ("draw", self.model, self.layout, sorted(names)),
+        )
+        return program(key_data)
 
     def load_base(self) -> Any:
         """The base's encoder or decoder, onto the mesh shard by shard; None where it is random.
@@ -621,8 +632,7 @@ class Experiment:
     @property
     def is_told_lengths(self) -> bool:
         """Whether it judges preferences by the lengths of the responses too."""
-        told = bool(self.config.model.length_features)
-        return told and not self.is_decoder and self.properties is None
+        return bool(self.config.model.length_features) and self.properties is None
 
     def make_predictor(self) -> "Predictor":
         """The compiled forward pass."""

@@ -24,7 +24,7 @@ from pref_jax.experiment import one_tree
 from pref_jax.models.bert import EncoderConfig
 from pref_jax.models.classifiers import PreferenceClassifier
 from pref_jax.training.optimizer import make_optimizer, make_schedule
-from pref_jax.training.state import abstract_state, create_state, split_parameters
+from pref_jax.training.state import abstract_state, make_create_state, split_parameters
 from pref_jax.training.step import make_train_step
 
 VOCABULARY = 97
@@ -195,7 +195,7 @@ class Trainer:
             self.abstract_params,
         )
         trainable, self.frozen = split_parameters(placed, self.is_trainable)
-        return create_state(trainable, self.optimizer, self.abstract)
+        return make_create_state(self.optimizer, self.abstract)(trainable)
 
     def place(self, update: Update) -> Update:
         from pref_jax.evaluation.predict import place_update

@@ -273,9 +273,10 @@ class LlamaClassifier(nn.Module):
       config: architecture.
       lora: adapters; None trains the whole model.
       quantization: of the projections: "none", "int8" or "nf4".
-      num_classes: width of the head, a linear layer without bias.
+      num_classes: width of the head, a linear layer without bias where lengths are not told.
       head: kind of the head, "linear" or "orders", see `pref_jax.models.heads.apply_head`.
       frozen_layers: how many of the first layers are not trained, where there are no adapters.
+      length_features: whether the head is told the responses' lengths before cutting.
       head_dropout: dropout of the pooled state.
       dtype: of activations and matrix products; head, norms and softmax are float32.
       frozen_dtype: of the base's weights where they are not quantised; frozen layers beside
@@ -291,6 +292,7 @@ class LlamaClassifier(nn.Module):
     num_classes: int = 3
     head: str = "linear"
     frozen_layers: int = 0
+    length_features: bool = False
     head_dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
     frozen_dtype: jnp.dtype = jnp.float32
@@ -313,7 +315,7 @@ class LlamaClassifier(nn.Module):
         """Float32 logits ``[B, R, num_classes]`` of the R rows in each of B packed units.
 
         The arguments are those of `PreferenceClassifier`; ``pool_positions_BxRxS`` holds each row's
-        last token. Token types, lengths and looked-up words are not used: a decoder has none.
+        last token. Token types and looked-up words are not used: a decoder has none.
         """
         units, rows, sides = pool_positions_BxRxS.shape
         options = _Options(
@@ -335,10 +337,10 @@ class LlamaClassifier(nn.Module):
         return apply_head(
             self.head,
             pooled_BxPxD.reshape(units, rows, sides, -1),
-            None,
+            text_lengths_BxRx2 if self.length_features else None,
             seeds,
             dropout_rate=self.head_dropout,
             site=_HEAD_SITE,
             num_classes=self.num_classes,
-            use_bias=False,
+            use_bias=self.length_features,
         )

@@ -20,7 +20,6 @@ from pref_jax.race import turn
 from pref_jax.race.prepare import texts_to_tokenise
 from pref_jax.training.loop import read_ahead
 from pref_jax.training.run import CompiledStep, make_plan
-from pref_jax.training.state import create_state
 
 
 def run(folder: Path, job: dict[str, Any], started: float) -> dict[str, Any]:
@@ -36,7 +35,7 @@ def run(folder: Path, job: dict[str, Any], started: float) -> dict[str, Any]:
     rows = np.arange(len(comparisons))
     plan = make_plan(experiment, samples, rows)
     trainable, frozen = experiment.split(experiment.initial_params())
-    state = create_state(trainable, compiled.optimizer, compiled.abstract)
+    state = compiled.create_state(trainable)
     del trainable  # the state has its own copy
     executable, mesh = compiled.executable, experiment.mesh
     state, values = executable(state, frozen, place_update(plan.update(0), mesh))

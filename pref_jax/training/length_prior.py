@@ -42,7 +42,7 @@ def fit_lengths(experiment: Experiment, params: Any, samples: Samples, numbers: 
     """Fits what the head knows of lengths, and its biases.
 
     Args:
-      experiment: of an encoder with `model.length_features`, that learns preferences.
+      experiment: with `model.length_features`, that learns preferences.
       params: all parameters, placed on the mesh.
       samples: labelled rows.
       numbers: which of them train.

@@ -38,7 +38,7 @@ from pref_jax.training.loop import History, Limits, TrainingLoop
 from pref_jax.training.optimizer import make_optimizer, make_schedule
 from pref_jax.training.progress import StopSignals
 from pref_jax.training.records import MetricLog, UnwrittenLog
-from pref_jax.training.state import TrainState, abstract_state, create_state, merge_parameters
+from pref_jax.training.state import TrainState, abstract_state, make_create_state, merge_parameters
 from pref_jax.training.step import abstract_update, make_train_step
 from pref_jax.training.workdir import FREE_FIELDS, Workdir, bound_fields, describe_environment
 
@@ -134,6 +134,12 @@ class CompiledStep:
         except BaseException as error:  # handed to the thread that asks for the result
             self._error = error
         self.compile_seconds = time.monotonic() - started
+
+    def create_state(self, trainable: Any) -> TrainState:
+        """The state before the first update; it has its own copy of the parameters."""
+        create = make_create_state(self.optimizer, self.abstract)
+        program = compile_program(create, (self.abstract.params,), ("state", *self._identity[1:]))
+        return program(trainable)
 
     @property
     def abstract_arguments(self) -> tuple[Any, Any, Any]:
@@ -275,7 +281,7 @@ def _run(
                 params = fit_lengths(experiment, params, samples, goal.train_numbers)
             trainable, frozen = experiment.split(params)
             del params
-            state = create_state(trainable, compiled.optimizer, abstract)
+            state = compiled.create_state(trainable)
             del trainable  # the state has its own copy
         del base
         signals.saving = True

@@ -99,10 +99,13 @@ def abstract_state(
     )
 
 
-def create_state(
-    params: Any, optimizer: optax.GradientTransformation, abstract: TrainState
-) -> TrainState:
-    """The state before the first update, placed like ``abstract``."""
+def make_create_state(optimizer: optax.GradientTransformation, abstract: TrainState) -> Any:
+    """The jitted function from trainable parameters to the state before the first update.
+
+    Args:
+      optimizer: whose state is created.
+      abstract: shapes and shardings of the state.
+    """
 
     def create(params: Any) -> TrainState:
         return TrainState(
@@ -114,4 +117,4 @@ def create_state(
         )
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(create, out_shardings=shardings)(params)
+    return jax.jit(create, out_shardings=shardings)

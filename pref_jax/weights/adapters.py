@@ -60,7 +60,8 @@ def export_adapter(
       temperature: what a program may divide the logits by; 1 is none.
       examples: made-up rows with ``input_ids``, ``token_type_ids``, ``text_lengths`` and
         ``probabilities``.
-      head: kind of the head: with "orders" the mean over both orders is up to the other program.
+      head: kind of the head: with "orders" the mean over both orders is up to the other program,
+        and so is what the head knows of lengths, where it is told them.
       base: what the run's ``model.pretrained`` says; written where it is a name on the hub.
       quantization: of that base while the adapters were trained, on which the examples are.
 
@@ -73,7 +74,8 @@ def export_adapter(
 
     output = Path(os.path.realpath(output))  # a link is followed, not replaced
     check_output(output)
-    tensors = {"base_model.model.score.weight": _checked("score", params["head"]["kernel"]).T}
+    score, lengths = _split_head(params["head"], params["decoder"])
+    tensors = {"base_model.model.score.weight": score.T}
     for path, stack in names.flatten(params["lora"]["decoder"]).items():
         whole = _checked("/".join(path), stack)
         part = {"a": "lora_A", "b": "lora_B"}[path[-1]]
@@ -96,7 +98,7 @@ def export_adapter(
     }
     texts = {
         ADAPTER_FILES[0]: dump(settings),
-        DESCRIPTION: describe(layout, temperature, examples, quantization, head),
+        DESCRIPTION: describe(layout, temperature, examples, quantization, head, lengths),
         **_tokenizer(tokenizer_folder, layout),
     }
 
@@ -107,6 +109,24 @@ def export_adapter(
         save_file(contiguous, folder / ADAPTER_FILES[1], metadata={"format": "pt"})
 
     write_folder(output, texts, write_tensors)
+
+
+def _split_head(
+    head: Mapping[str, Any], decoder: Mapping[str, Any]
+) -> "tuple[np.ndarray, dict[str, Any] | None]":
+    """The weights ``[D, 3]`` of the state, which other programs have a place for, and the rest.
+
+    The rest is what `describe` says of lengths; None where the head is not told them.
+    """
+    kernel = _checked("score", head["kernel"])
+    width = decoder["norm"]["scale"].shape[-1]
+    if "bias" not in head:
+        return kernel, None
+    lengths = {
+        "weights": kernel[width:].tolist(),
+        "bias": _checked("score's bias", head["bias"]).tolist(),
+    }
+    return kernel[:width], lengths
 
 
 def _is_hub_name(base: str) -> bool:
@@ -166,7 +186,13 @@ def export_merged(
     check_output(output)
     texts = {
         "config.json": dump(_model_config(config, dtype, tokenizer_folder)),
-        DESCRIPTION: describe(layout, temperature, examples, head=head),
+        DESCRIPTION: describe(
+            layout,
+            temperature,
+            examples,
+            head=head,
+            lengths=_split_head(params["head"], params["decoder"])[1],
+        ),
         **_tokenizer(tokenizer_folder, layout),
     }
     write_folder(
@@ -180,7 +206,6 @@ def _merged(
     """Every tensor of the model under its key, float32, one at a time."""
     import jax
     import jax.numpy as jnp
-    import numpy as np
 
     from pref_jax.models.quantize import dequantize
 
@@ -205,7 +230,7 @@ def _merged(
                 is_kernel = path[-1] == "kernel"
                 yield key_of((name, *path), first + layer), values.T if is_kernel else values
     yield "model.norm.weight", _checked("norm", decoder["norm"]["scale"])
-    yield "score.weight", np.asarray(_checked("score", params["head"]["kernel"])).T
+    yield "score.weight", _split_head(params["head"], decoder)[0].T
 
 
 def _write_shards(

@@ -236,6 +236,7 @@ def describe(
     examples: Sequence[Mapping[str, Any]],
     quantization: str | None = None,
     head: str = "linear",
+    lengths: Mapping[str, Any] | None = None,
 ) -> str:
     """The text of `pref_jax.json`.
 
@@ -244,6 +245,10 @@ def describe(
       quantization: of the base that adapters belong to.
       head: with "orders" a row is two sequences, A before B and B before A; the logits are the mean
         of both, the second's first two exchanged.
+      lengths: what a decoder's head knows of lengths, and its class in transformers does not:
+        "weights" ``[3, 3]`` and "bias" ``[3]``. With a and b, the logarithms of 1 + text_lengths
+        of A and B less that of 129, ``[a, b, a - b] @ weights + bias`` is added to a sequence's
+        logits; a and b are exchanged for the sequence in which B stands first.
     """
     content: dict[str, Any] = {
         "input": {
@@ -270,6 +275,8 @@ def describe(
     }
     if quantization is not None:
         content["base_quantization"] = quantization
+    if lengths is not None:
+        content["lengths"] = dict(lengths)
     return dump(content)
 
 

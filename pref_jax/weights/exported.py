@@ -132,13 +132,36 @@ def _load_merged(folder: Path, experiment: "Experiment") -> dict[str, Any]:
     decoder = load_decoder(folder, abstract["decoder"], "none")
     with open_tensors(folder) as tensors:
         score = {key: tensor for key, tensor in tensors.items() if key == "score.weight"}
-        head = _read_all(
-            folder / SINGLE, score, {("kernel",): abstract["head"]["kernel"]}, _SCORE_KEYS
-        )
+        head = _read_head(folder, folder / SINGLE, score, "score.weight", experiment)
     return {"decoder": decoder, "head": head}
 
 
-_SCORE_KEYS: dict[names.Path, tuple[str, bool]] = {("kernel",): ("score.weight", True)}
+def _read_head(
+    folder: Path, path: Path, tensors: dict[str, Tensor], key: str, experiment: "Experiment"
+) -> dict[str, Any]:
+    """A decoder's head: weights of the state in a tensor, what it knows of lengths beside them."""
+    import numpy as np
+
+    abstract = experiment.abstract_params["head"]
+    width = experiment.backbone.architecture.hidden_size
+    classes = abstract["kernel"].shape[1]
+    score = _take(path, tensors, key, (classes, width))
+    if not experiment.is_told_lengths:
+        return _read_all(
+            path, {key: score}, {("kernel",): abstract["kernel"]}, {("kernel",): (key, True)}
+        )
+    described = folder / DESCRIPTION
+    lengths: Any = read_json(described, _REMEDY).get("lengths")
+    try:
+        weights = np.array(lengths["weights"], np.float32)
+        bias = np.array(lengths["bias"], np.float32)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(str(described), "lengths: missing or damaged", _REMEDY) from error
+    kernel = np.concatenate([np.asarray(score.slices[:, :], np.float32).T, weights])
+    parts = {"kernel": kernel, "bias": bias}
+    found = {name: Tensor(name, described, x.shape, "F32", x) for name, x in parts.items()}
+    keys: dict[names.Path, tuple[str, bool]] = {(name,): (name, False) for name in parts}
+    return _read_all(described, found, {(name,): abstract[name] for name in parts}, keys)
 
 
 def _load_adapter(
@@ -162,17 +185,16 @@ def _load_adapter(
             "attach the base that the run was trained on",
         )
     abstract = experiment.abstract_params
-    wanted = {"head": abstract["head"], "lora": abstract["lora"]}
+    wanted = {"lora": abstract["lora"]}
     path = folder / ADAPTER_FILES[1]
     with open_tensors(folder, [path]) as tensors:
+        score = "base_model.model.score.weight"
+        head = _read_head(folder, path, tensors, score, experiment)
         firsts = first_layers(abstract["decoder"])
         # The file holds a matrix per layer, the tree a stack of them: layers are joined first.
         stacks: dict[str, Tensor] = {}
         keys: dict[names.Path, tuple[str, bool]] = {}
         for place, leaf in names.flatten(wanted).items():
-            if place == ("head", "kernel"):
-                keys[place] = ("base_model.model.score.weight", True)
-                continue
             _, _, *below = place
             part = {"a": "lora_A", "b": "lora_B"}[below[-1]]
             layers = []
@@ -186,7 +208,8 @@ def _load_adapter(
             keys[place] = (key, False)
         params = _read_all(path, tensors | stacks, names.flatten(wanted), keys)
     quantization = experiment.config.model.quantization
-    return {**params, "decoder": load_decoder(base, abstract["decoder"], quantization)}
+    decoder = load_decoder(base, abstract["decoder"], quantization)
+    return {**params, "head": head, "decoder": decoder}
 
 
 def _take(path: Path, tensors: dict[str, Tensor], key: str, shape: tuple[int, ...]) -> Tensor:

@@ -27,6 +27,10 @@ from rig import (
 )
 from safetensors.numpy import load_file
 
+from pref_jax.experiment import load_run
+from pref_jax.weights.exported import load_exported, write_run
+from pref_jax.weights.run import export_loaded
+
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -307,6 +311,49 @@ def test_a_symmetric_decoder_reads_both_orders_and_says_so(
         logits = (first + second[[1, 0, 2]]) / 2
         weights = np.exp(logits - logits.max())
         np.testing.assert_allclose(weights / weights.sum(), example["probabilities"], atol=1e-4)
+
+
+@pytest.mark.parametrize("symmetric", ["false", "true"])
+def test_a_decoder_that_is_told_lengths_takes_them_along(
+    base: Path, arena: Path, tmp_path: Path, symmetric: str
+) -> None:
+    """Plain transformers with what the export says of lengths has its examples; so has a bundle."""
+    run = tmp_path / "run"
+    outcome = call(
+        *("train", *DECODER, f"--workdir={run}", f"--config.data.train={arena}/train.csv"),
+        *(f"--config.model.pretrained={base}", f"--config.model.symmetric={symmetric}"),
+        *("--config.model.length_features", "--config.train.max_steps=4"),
+    )
+    assert outcome.code == 0 and "fitted the head to the lengths" in outcome.stdout, outcome
+
+    loaded = load_run(run)
+    for form in ("adapter", "merged"):
+        folder = tmp_path / form
+        export_loaded(loaded, folder, merge=form == "merged")
+        write_run(folder, loaded, form=form)
+        head = load_exported(folder, base if form == "adapter" else None).params["head"]
+        for name, leaf in loaded.params["head"].items():
+            np.testing.assert_array_equal(head[name], leaf)
+
+    model = transformers.LlamaForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    described = json.loads((tmp_path / "merged" / "pref_jax.json").read_text())
+    weights, bias = (np.array(described["lengths"][name]) for name in ("weights", "bias"))
+    untold = []
+    for example in described["examples"]:
+        a, b = np.log1p(example["text_lengths"]) - np.log(129)
+        orders = [(a, b, [0, 1, 2]), (b, a, [1, 0, 2])][: 2 if symmetric == "true" else 1]
+        sequences = example["input_ids"] if symmetric == "true" else [example["input_ids"]]
+        of_text, of_lengths = np.zeros(3), np.zeros(3)
+        for ids, (mine, other, places) in zip(sequences, orders, strict=True):
+            logits = model(torch.tensor([ids])).logits[0].detach().numpy()
+            of_text += logits[places] / len(orders)
+            told = np.array([mine, other, mine - other]) @ weights + bias
+            of_lengths += told[places] / len(orders)
+        for logits in (of_text + of_lengths, of_text):
+            probabilities = np.exp(logits - logits.max())
+            untold.append(probabilities / probabilities.sum())
+        np.testing.assert_allclose(untold[-2], example["probabilities"], atol=1e-4)
+    assert np.abs(np.subtract(untold[::2], untold[1::2])).max() > 1e-2
 
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
