@@ -589,6 +589,12 @@ def _check_head(config: ConfigDict) -> None:
                     "layout response reads one response at a time",
                     "set it to false",
                 )
+    if layout != "decoder" and model.lora.rank:
+        raise InputError(
+            "--config.model.lora.rank",
+            f"adapters are for decoders, and layout {layout} is read by an encoder",
+            "set it to 0",
+        )
     if layout == "decoder" and model.pooling != "cls":
         raise InputError(
             "--config.model.pooling",

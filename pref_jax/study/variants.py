@@ -223,11 +223,15 @@ def change_config(config: ConfigDict, variant: Variant, stage: Stage, seed: int)
     changed = config.copy_and_resolve_references()
     changed.seed, changed.train.epochs = seed, stage.epochs
     changed.input.max_length = stage.max_length
+    recipe = changed.to_dict()
     try:
         for field, value in variant.config.items():
             if field in _OWN:
                 raise InputError(field, "the ablation sets it", _OWN[field])
             override(changed, field, str(value))
+        alike = variant.rows == "tie" and not variant.teacher and changed.to_dict() == recipe
+        if variant.config and alike:
+            raise InputError("config", "the recipe is so already", "leave the variant out")
         with changed.unlocked():
             for field in ("train", "valid", "fold", "soft_labels"):
                 changed.data[field] = None

@@ -20,7 +20,7 @@ from pref_jax.study import ablation
 from pref_jax.study.embeddings import fit_and_predict, load_vectors, save_vectors
 from pref_jax.study.folds import check_folds, write_folds
 from pref_jax.study.plan import Part
-from pref_jax.study.variants import STAGES, make_parts, read_variants
+from pref_jax.study.variants import STAGES, make_parts, make_possible_parts, read_variants
 
 LIST = """
 [[variant]]
@@ -355,15 +355,20 @@ def recipe() -> ConfigDict:
     return config_file.load(f"{REPOSITORY}/configs/ablation.py")
 
 
-def test_every_variant_goes_with_the_recipe(recipe: ConfigDict) -> None:
+def test_every_variant_goes_with_a_recipe(recipe: ConfigDict) -> None:
     variants = read_variants()
+    decoder = config_file.load(f"{REPOSITORY}/configs/ablation.py:smollm2")
     for stage in STAGES.values():
-        parts = make_parts(recipe, list(variants.values()), stage, "digest")
-        names = list(parts)
-        for number, part in enumerate(parts.values()):
-            assert set(part.needs) <= set(names[:number])
-        for variant in variants:
-            assert f"{stage.name}/{variant}/seed0_fold{stage.folds - 1}" in parts
+        fitting = set()
+        for config in (recipe, decoder):
+            parts, refused = make_possible_parts(config, variants, stage, "digest")
+            names = list(parts)
+            for number, part in enumerate(parts.values()):
+                assert set(part.needs) <= set(names[:number])
+            for variant in variants.keys() - refused.keys():
+                assert f"{stage.name}/{variant}/seed0_fold{stage.folds - 1}" in parts
+            fitting |= variants.keys() - refused.keys()
+        assert fitting == variants.keys()
 
 
 @pytest.mark.parametrize(
@@ -491,6 +496,7 @@ def test_a_screen_of_another_list_is_named(folder: Path, tmp_path: Path) -> None
     [
         ('config = { "data.swapp" = "both" }', "variant x, data.swapp: unknown field"),
         ('config = { "train.epochs" = 2 }', "give --epochs"),
+        ('config = { "model.symmetric" = false }', "variant x, config: the recipe is so already"),
         ('rows = "some"', "rows is 'some'"),
         ("colour = 3", "has not the right fields"),
         ('[[variant]]\nname = "x"\nkind = "option"', "no new folder"),
