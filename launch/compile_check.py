@@ -5,7 +5,7 @@ Examples:
   python launch/compile_check.py --config=configs/llama_qlora.py --topology=v3-8 \
       --config.train.batch_size=32 --config.train.microbatch_size=4 --output=v3.json
 
-Needs libtpu, which runs on any Linux machine: pip install -e '.[compile_check]'. No weights and no
+Needs libtpu, which runs on any Linux machine: pip install -e '.[compile-check]'. No weights and no
 data are read, except the config.json of weights that are on this machine.
 """
 

@@ -111,7 +111,7 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
 
     if importlib.util.find_spec("libtpu") is None:
         raise RunError(
-            "libtpu", "it is not installed", "install it with: pip install -e '.[compile_check]'"
+            "libtpu", "it is not installed", "install it with: pip install -e '.[compile-check]'"
         )
     os.environ.update(_ENVIRONMENT)
     jax.config.update("jax_platforms", "cpu")  # no device is opened

@@ -44,7 +44,7 @@ ITEMS = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "f16": 2, "s8": 1, "u8": 1, "p
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
-    reason="needs libtpu: pip install -e '.[compile_check]'",
+    reason="needs libtpu: pip install -e '.[compile-check]'",
 )
 
 
