@@ -22,6 +22,7 @@ flags.DEFINE_string(
     required=True,
 )
 flags.DEFINE_string("output", None, "JSON file to write.")
+flags.DEFINE_string("hlo", None, "Text file to write: the compiled program, where it fits.")
 
 
 def main(options, config):
@@ -31,11 +32,12 @@ def main(options, config):
     from pref_jax.hardware import parse_topology
 
     topology = parse_topology(options.topology)
-    if options.output is not None:
-        check_output_file(options.output, outside=config.model.init_from)
+    for path in (options.output, options.hlo):
+        if path is not None:
+            check_output_file(path, outside=config.model.init_from)
     from pref_jax.compile_check import check
 
-    result = check(config, topology)
+    result = check(config, topology, hlo=options.hlo)
     print(json.dumps(result, indent=2))
     if options.output is not None:
         write_json(Path(options.output), result)

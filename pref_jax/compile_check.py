@@ -19,6 +19,7 @@ from pref_jax.experiment import (
     find_architecture,
     random_architecture,
 )
+from pref_jax.files import write_durably
 from pref_jax.hardware import Chip, Topology, find_chip
 from pref_jax.models.bert import EncoderConfig
 from pref_jax.models.llama import LlamaConfig
@@ -61,10 +62,16 @@ class Work(NamedTuple):
         return max(times) / devices
 
 
-def check(config: ConfigDict, topology: Topology) -> dict[str, Any]:
+def check(config: ConfigDict, topology: Topology, *, hlo: str | None = None) -> dict[str, Any]:
     """Compiles the training step of ``config`` for a slice; nothing is loaded or run.
 
     Where `model.pretrained` is not on this machine the numbers of `model.config` stand for it.
+
+    Args:
+      config: of the run.
+      topology: the slice.
+      hlo: file for the text of the compiled program, which XLA calls HLO; not written where the
+        program does not fit.
 
     Returns:
       The fields of ``launch/compile_check.py``'s JSON.
@@ -79,6 +86,8 @@ def check(config: ConfigDict, topology: Topology) -> dict[str, Any]:
     assert chip is not None
     compiled = CompiledStep(experiment, total_steps=1000)
     fits, sizes = _compile(compiled)
+    if hlo is not None and fits:
+        write_durably(Path(hlo), compiled.executable.as_text().encode())
     work = estimate(experiment)
     return {
         "topology": topology.name,

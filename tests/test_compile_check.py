@@ -110,8 +110,11 @@ def test_command_says_what_a_slice_would_take(tmp_path: Path) -> None:
         "--config.input.max_length=128",
         "--topology=v5litepod-8",
         f"--output={output}",
+        f"--hlo={tmp_path}/program.txt",
     )
     assert outcome.code == 0, outcome
+    program = (tmp_path / "program.txt").read_text()
+    assert program.startswith("HloModule") and "all-reduce(" in program
     result = json.loads(output.read_text())
     assert result["topology"] == "v5e:2x4" and result["fits"] is True
     assert result["hbm_bytes"] == 16 * 2**30 and result["compilations"] == 1
