@@ -77,6 +77,7 @@ class EncoderLayer(nn.Module):
     layer: int
     longest: int
     dtype: jnp.dtype = jnp.float32
+    one_device: bool = False
 
     @nn.compact
     def __call__(
@@ -107,7 +108,7 @@ class EncoderLayer(nn.Module):
             inputs_BxQxD, x_BxTxD, query_segments_BxQ, segment_ids_BxT, segments, seeds
         )
         attended = dropout(attended, config.hidden_dropout, seeds, site + 1)
-        x_BxQxD = LayerNorm(config.norm_epsilon, dtype, name="attention_norm")(
+        x_BxQxD = LayerNorm(config.norm_epsilon, dtype, self.one_device, name="attention_norm")(
             inputs_BxQxD + attended
         )
         hidden = Dense(config.intermediate_size, ("embed", "mlp"), dtype, name="intermediate")(
@@ -116,7 +117,9 @@ class EncoderLayer(nn.Module):
         hidden = ACTIVATIONS[config.activation](hidden)
         hidden = Dense(config.hidden_size, ("mlp", "embed"), dtype, name="output")(hidden)
         hidden = dropout(hidden, config.hidden_dropout, seeds, site + 2)
-        return LayerNorm(config.norm_epsilon, dtype, name="output_norm")(x_BxQxD + hidden)
+        return LayerNorm(config.norm_epsilon, dtype, self.one_device, name="output_norm")(
+            x_BxQxD + hidden
+        )
 
 
 class _SelfAttention(nn.Module):
@@ -174,6 +177,7 @@ class Embeddings(nn.Module):
 
     config: EncoderConfig
     dtype: jnp.dtype = jnp.float32
+    one_device: bool = False
 
     @nn.compact
     def __call__(
@@ -195,7 +199,7 @@ class Embeddings(nn.Module):
         x_BxTxD += table("position", config.max_positions, positions_BxT)
         if config.type_vocab_size:
             x_BxTxD += table("token_type", config.type_vocab_size, token_types_BxT)
-        x_BxTxD = LayerNorm(config.norm_epsilon, self.dtype, name="norm")(x_BxTxD)
+        x_BxTxD = LayerNorm(config.norm_epsilon, self.dtype, self.one_device, name="norm")(x_BxTxD)
         return dropout(x_BxTxD, config.hidden_dropout, seeds, 0)
 
 
@@ -259,12 +263,13 @@ class Encoder(nn.Module):
         policy = REMAT_POLICIES[self.remat]
         if policy is not None:
             layer_type = nn.remat(EncoderLayer, policy=policy)
-        x_BxTxD = Embeddings(self.config, self.dtype, name="embeddings")(
+        one_device = self.attention == "segments"  # which is chosen for one CPU device
+        x_BxTxD = Embeddings(self.config, self.dtype, one_device, name="embeddings")(
             input_ids_BxT, token_types_BxT, positions_BxT, seeds, words_BxTxD
         )
         longest = self.longest or self.config.max_positions
         segments = None
-        if self.attention == "segments":
+        if one_device:
             pooled = segment_ids_BxT if pool_positions_BxP is None else pool_positions_BxP
             segments = find_segments(
                 segment_ids_BxT,
@@ -274,7 +279,9 @@ class Encoder(nn.Module):
             )
         for layer in range(self.config.num_layers):
             last = layer == self.config.num_layers - 1
-            x_BxTxD = layer_type(self.config, layer, longest, self.dtype, name=f"layer_{layer}")(
+            x_BxTxD = layer_type(
+                self.config, layer, longest, self.dtype, one_device, name=f"layer_{layer}"
+            )(
                 x_BxTxD,
                 segment_ids_BxT,
                 segments,

@@ -37,14 +37,15 @@ def test_gelu_keeps_only_its_input() -> None:
     assert [(array.dtype, array.shape) for array in kept] == [(x.dtype, x.shape)]
 
 
+@pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize("shape", [(3, 7, 16), (5, 16), (1, 512, 16)])
-def test_layer_norm_equals_torch(shape: tuple[int, ...]) -> None:
+def test_layer_norm_equals_torch(shape: tuple[int, ...], joined: bool) -> None:
     x, d_y = draw(*shape), draw(*shape)[::-1].copy()
     scale, bias = draw(shape[-1]), draw(shape[-1])[::-1].copy()
     theirs = [torch.tensor(a, dtype=torch.float64, requires_grad=True) for a in (x, scale, bias)]
     wanted = torch.nn.functional.layer_norm(theirs[0], shape[-1:], theirs[1], theirs[2], 1e-12)
     (wanted * torch.tensor(d_y)).sum().backward()
-    module = LayerNorm(1e-12)
+    module = LayerNorm(1e-12, joined=joined)
 
     def apply(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
         return module.apply({"params": {"scale": scale, "bias": bias}}, x)
