@@ -41,6 +41,30 @@ def test_every_preset_passes_the_checks(preset: str, repository: Path) -> None:
         assert config.input.budget == budget
 
 
+@pytest.mark.parametrize(
+    ("best", "paper", "changed"),
+    [
+        (
+            "best_encoder.py:minilm",
+            "parallel_bert.py:minilm",
+            {"symmetric": True, "pooling": "cls_mean", "length_features": True},
+        ),
+        *(
+            (f"best_llama.py{size}", f"llama_lora.py{size}", {"length_features": True})
+            for size in ("", ":8b", ":smollm2", ":tiny")
+        ),
+    ],
+)
+def test_the_best_presets_are_the_papers_but_for_what_they_say(
+    best: str, paper: str, changed: dict[str, object], repository: Path
+) -> None:
+    ours = load(f"{repository}/configs/{best}").to_dict()
+    theirs = load(f"{repository}/configs/{paper}").to_dict()
+    assert theirs["model"] | changed != theirs["model"]
+    theirs["model"] |= changed
+    assert ours == theirs
+
+
 def test_configs_do_not_import_jax(repository: Path) -> None:
     code = (
         "import sys; from pref_jax.config_file import load; "
