@@ -11,7 +11,7 @@ configs/llama_qlora.py.
 Expect: TODO
 
 Where the numbers come from: configs/llama_lora.py. On top of it ``model.length_features`` (a cut
-response does not show how long it was; the head starts from what that tells, ``train.fit_lengths``).
+response does not show how long it was), from which the head starts (``train.fit_lengths``).
 """
 
 from ml_collections import ConfigDict

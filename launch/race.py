@@ -10,6 +10,7 @@ Examples:
 cut off. Let nothing else run meanwhile. Needs torch and transformers: pip install -e '.[race]'.
 """
 
+import signal
 from pathlib import Path
 
 from absl import flags
@@ -46,14 +47,19 @@ def main(options, config):
             )
     from pref_jax.race.run import finish, race
 
-    result = race(
-        config,
-        rows=options.rows,
-        rounds=options.rounds,
-        seconds=options.seconds,
-        peer_batch_size=options.peer_batch_size,
-        output=output,
-    )
+    # As Ctrl-C: the turn's process ends, and the temporary folder goes.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        result = race(
+            config,
+            rows=options.rows,
+            rounds=options.rounds,
+            seconds=options.seconds,
+            peer_batch_size=options.peer_batch_size,
+            output=output,
+        )
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print(finish(result, output))
 
 

@@ -130,6 +130,12 @@ def _read_variant(here: str, entry: Any) -> Variant:
         value = getattr(variant, name)
         if value not in choices:
             raise InputError(here, f"{name} is {value!r}", f"known: {', '.join(choices)}")
+    if variant.read != "model":
+        for name in ("config", "rows", "teacher"):
+            if name in entry:
+                raise InputError(
+                    here, f"read = {variant.read!r} trains nothing", f"leave out {name}"
+                )
     return variant
 
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from rig import TINY, call, make_rows, write_csv
+from rig import TINY, call, make_rows, start, wait_for, write_csv
 
 from pref_jax.errors import RunError
 from pref_jax.race import report
@@ -87,6 +87,38 @@ def test_the_table_does_not_take_the_place_of_the_turns(data: Path, tmp_path: Pa
     done = call("race", *TINY, f"--config.data.train={data}", f"--output={output}")
     assert done.code == 2 and "race.md: does not end in .json" in done.stderr, done
     assert not output.exists()
+
+
+def test_a_race_that_is_terminated_leaves_nothing_behind(data: Path, tmp_path: Path) -> None:
+    for name in ("torch", "transformers", "accelerate"):
+        pytest.importorskip(name, reason="the other side is torch")
+    place, log = tmp_path / "tmp", tmp_path / "log"
+    place.mkdir()
+    arguments = (*SMALL, f"--config.data.train={data}", f"--output={tmp_path}/race.json")
+    process = start(log, "race", *arguments, variables={"TMPDIR": str(place)})
+    turns = []
+
+    def prepares() -> bool:
+        turns[:] = [
+            int(folder.name)
+            for folder in Path("/proc").glob("[0-9]*")
+            if str(place) in _read(folder / "cmdline")
+        ]
+        return bool(turns)
+
+    wait_for(prepares, process, log)
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 130, log.read_text()
+    assert not list(place.iterdir()) and not (tmp_path / "race.json").exists()
+    assert not any(Path(f"/proc/{turn}").exists() for turn in turns)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 def test_without_the_other_side_it_says_what_to_install(

@@ -498,6 +498,8 @@ def test_a_screen_of_another_list_is_named(folder: Path, tmp_path: Path) -> None
         ('config = { "train.epochs" = 2 }', "give --epochs"),
         ('config = { "model.symmetric" = false }', "variant x, config: the recipe is so already"),
         ('rows = "some"', "rows is 'some'"),
+        ('read = "calibrate"\nconfig = { "train.ema" = 0.9 }', "trains nothing; leave out config"),
+        ('read = "embeddings"\nrows = "all"', "trains nothing; leave out rows"),
         ("colour = 3", "has not the right fields"),
         ('[[variant]]\nname = "x"\nkind = "option"', "no new folder"),
     ],
