@@ -593,7 +593,7 @@ def _check_head(config: ConfigDict) -> None:
         raise InputError(
             "--config.model.lora.rank",
             f"adapters are for decoders, and layout {layout} is read by an encoder",
-            "set it to 0",
+            "set it to 0, or choose decoder for --config.input.layout",
         )
     if layout == "decoder" and model.pooling != "cls":
         raise InputError(
