@@ -363,12 +363,6 @@ class Experiment:
                 "beside adapters all layers are frozen",
                 "set it to 0, or train without adapters (model.lora.rank=0)",
             )
-        if not self.is_decoder and (lora.rank or self.config.model.quantization != "none"):
-            raise InputError(
-                "--config.model.lora.rank",
-                f"adapters are for decoders, and this is a {architecture.family}",
-                "set model.lora.rank=0 and model.quantization=none, or name a LLaMA model",
-            )
         if frozen_layers > architecture.num_layers:
             raise InputError(
                 "--config.model.frozen_layers",
@@ -556,20 +550,19 @@ class Experiment:
         Args:
           base: what `load_base` returned, where the caller has called it already.
         """
-        key = jax.random.key(self.config.seed)
         if base is None:
             base = self.load_base()
         if base is None:
-            return self._random(key, self.abstract_params)
+            return self._random(self.abstract_params)
         # Only what is new is drawn: the compiler drops what is not asked for.
         new = {name: tree for name, tree in self.abstract_params.items() if name != self._trunk}
-        return {self._trunk: base, **self._random(key, new)}
+        return {self._trunk: base, **self._random(new)}
 
     @property
     def _trunk(self) -> str:
         return "decoder" if self.is_decoder else "encoder"
 
-    def _random(self, key: jax.Array, abstract: Any) -> Any:
+    def _random(self, abstract: Any) -> Any:
         names = set(abstract)
 
         def draw(key_data: jax.Array) -> Any:
@@ -582,7 +575,9 @@ class Experiment:
 
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         everywhere = meshes.replicated(self.mesh)
-        key_data = meshes.place(np.asarray(jax.random.key_data(key)), everywhere)
+        # As an argument, so that one kept program serves every seed.
+        seed = np.asarray(jax.random.key_data(jax.random.key(self.config.seed)))
+        key_data = meshes.place(seed, everywhere)
         abstract_key = jax.ShapeDtypeStruct(key_data.shape, key_data.dtype, sharding=everywhere)
         program = compile_program(
             jax.jit(draw, out_shardings=shardings),

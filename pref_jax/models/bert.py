@@ -77,7 +77,6 @@ class EncoderLayer(nn.Module):
     layer: int
     longest: int
     dtype: jnp.dtype = jnp.float32
-    one_device: bool = False
 
     @nn.compact
     def __call__(
@@ -97,6 +96,7 @@ class EncoderLayer(nn.Module):
         site = 1 + _SITES_PER_LAYER * self.layer
         heads = (config.num_heads, config.hidden_size // config.num_heads)
         inputs_BxQxD, query_segments_BxQ = x_BxTxD, segment_ids_BxT
+        joined = segments is not None  # they are looked for on one CPU device
         if pool_positions_BxP is not None:
             inputs_BxQxD = gather_tokens(x_BxTxD, pool_positions_BxP)
             query_segments_BxQ = jnp.take_along_axis(
@@ -108,7 +108,7 @@ class EncoderLayer(nn.Module):
             inputs_BxQxD, x_BxTxD, query_segments_BxQ, segment_ids_BxT, segments, seeds
         )
         attended = dropout(attended, config.hidden_dropout, seeds, site + 1)
-        x_BxQxD = LayerNorm(config.norm_epsilon, dtype, self.one_device, name="attention_norm")(
+        x_BxQxD = LayerNorm(config.norm_epsilon, dtype, joined, name="attention_norm")(
             inputs_BxQxD + attended
         )
         hidden = Dense(config.intermediate_size, ("embed", "mlp"), dtype, name="intermediate")(
@@ -117,9 +117,7 @@ class EncoderLayer(nn.Module):
         hidden = ACTIVATIONS[config.activation](hidden)
         hidden = Dense(config.hidden_size, ("mlp", "embed"), dtype, name="output")(hidden)
         hidden = dropout(hidden, config.hidden_dropout, seeds, site + 2)
-        return LayerNorm(config.norm_epsilon, dtype, self.one_device, name="output_norm")(
-            x_BxQxD + hidden
-        )
+        return LayerNorm(config.norm_epsilon, dtype, joined, name="output_norm")(x_BxQxD + hidden)
 
 
 class _SelfAttention(nn.Module):
@@ -279,9 +277,7 @@ class Encoder(nn.Module):
             )
         for layer in range(self.config.num_layers):
             last = layer == self.config.num_layers - 1
-            x_BxTxD = layer_type(
-                self.config, layer, longest, self.dtype, one_device, name=f"layer_{layer}"
-            )(
+            x_BxTxD = layer_type(self.config, layer, longest, self.dtype, name=f"layer_{layer}")(
                 x_BxTxD,
                 segment_ids_BxT,
                 segments,

@@ -235,8 +235,8 @@ def change_config(config: ConfigDict, variant: Variant, stage: Stage, seed: int)
             if field in _OWN:
                 raise InputError(field, "the ablation sets it", _OWN[field])
             override(changed, field, str(value))
-        alike = variant.rows == "tie" and not variant.teacher and changed.to_dict() == recipe
-        if variant.config and alike:
+        differs = variant.rows != "tie" or variant.teacher or changed.to_dict() != recipe
+        if variant.config and not differs:
             raise InputError("config", "the recipe is so already", "leave the variant out")
         with changed.unlocked():
             for field in ("train", "valid", "fold", "soft_labels"):

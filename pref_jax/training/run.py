@@ -106,9 +106,8 @@ class CompiledStep:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
         # Replicated, so that every host can read them.
         self._function = jax.jit(counted, donate_argnums=0, out_shardings=(shardings, scalar))
-        # What the step follows from beside the shapes of its arguments.
+        # What step and first state follow from beside the shapes of their arguments.
         self._identity = (
-            "train",
             experiment.model,
             train.to_dict(),
             total_steps,
@@ -128,7 +127,7 @@ class CompiledStep:
         started = time.monotonic()
         try:
             self._compiled = compile_program(
-                self._function, self.abstract_arguments, self._identity
+                self._function, self.abstract_arguments, ("train", *self._identity)
             )
             self.compilations = self.compilations or 1  # where it was found compiled
         except BaseException as error:  # handed to the thread that asks for the result
@@ -138,7 +137,7 @@ class CompiledStep:
     def create_state(self, trainable: Any) -> TrainState:
         """The state before the first update; it has its own copy of the parameters."""
         create = make_create_state(self.optimizer, self.abstract)
-        program = compile_program(create, (self.abstract.params,), ("state", *self._identity[1:]))
+        program = compile_program(create, (self.abstract.params,), ("state", *self._identity))
         return program(trainable)
 
     @property

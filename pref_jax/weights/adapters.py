@@ -1,5 +1,6 @@
 """Writes a LLaMA run for other programs: PEFT's adapter folder, or the whole model merged."""
 
+import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -184,26 +185,20 @@ def export_merged(
     """
     output = Path(os.path.realpath(output))
     check_output(output)
+    score, lengths = _split_head(params["head"], params["decoder"])
     texts = {
         "config.json": dump(_model_config(config, dtype, tokenizer_folder)),
-        DESCRIPTION: describe(
-            layout,
-            temperature,
-            examples,
-            head=head,
-            lengths=_split_head(params["head"], params["decoder"])[1],
-        ),
+        DESCRIPTION: describe(layout, temperature, examples, head=head, lengths=lengths),
         **_tokenizer(tokenizer_folder, layout),
     }
-    write_folder(
-        output, texts, lambda folder: _write_shards(folder, _merged(params, lora), config, dtype)
-    )
+    tensors = itertools.chain(_merged(params, lora), [("score.weight", score.T)])
+    write_folder(output, texts, lambda folder: _write_shards(folder, tensors, config, dtype))
 
 
 def _merged(
     params: Mapping[str, Any], lora: "LoRAConfig | None"
 ) -> Iterator[tuple[str, "np.ndarray"]]:
-    """Every tensor of the model under its key, float32, one at a time."""
+    """Every tensor of the model but its head under its key, float32, one at a time."""
     import jax
     import jax.numpy as jnp
 
@@ -230,7 +225,6 @@ def _merged(
                 is_kernel = path[-1] == "kernel"
                 yield key_of((name, *path), first + layer), values.T if is_kernel else values
     yield "model.norm.weight", _checked("norm", decoder["norm"]["scale"])
-    yield "score.weight", _split_head(params["head"], decoder)[0].T
 
 
 def _write_shards(

@@ -104,9 +104,9 @@ def load_exported(folder: Path, base: Path | None = None) -> "Run":
     experiment = make_scoring_experiment(config, backbone)
     if content.get("form") == "adapter":
         digest = (content.get("base") or {}).get("digest", "")
-        params = _load_adapter(folder, experiment, base, digest)
+        params = _load_adapter(folder, experiment, base, digest, about.get("lengths"))
     elif content.get("form") == "merged":
-        params = _load_merged(folder, experiment)
+        params = _load_merged(folder, experiment, about.get("lengths"))
     else:
         params = _load_encoder(folder, experiment)
     return Run(folder, experiment, step, params, float(temperature))
@@ -125,47 +125,46 @@ def _load_encoder(folder: Path, experiment: "Experiment") -> dict[str, Any]:
         return _read_all(folder / SINGLE, tensors, names.flatten(abstract), keys)
 
 
-def _load_merged(folder: Path, experiment: "Experiment") -> dict[str, Any]:
+def _load_merged(folder: Path, experiment: "Experiment", lengths: Any) -> dict[str, Any]:
     from pref_jax.weights.llama import load_decoder
 
-    abstract = experiment.abstract_params
-    decoder = load_decoder(folder, abstract["decoder"], "none")
+    decoder = load_decoder(folder, experiment.abstract_params["decoder"], "none")
     with open_tensors(folder) as tensors:
-        score = {key: tensor for key, tensor in tensors.items() if key == "score.weight"}
-        head = _read_head(folder, folder / SINGLE, score, "score.weight", experiment)
+        head = _read_head(folder / SINGLE, tensors, "score.weight", experiment, lengths)
     return {"decoder": decoder, "head": head}
 
 
 def _read_head(
-    folder: Path, path: Path, tensors: dict[str, Tensor], key: str, experiment: "Experiment"
+    path: Path, tensors: dict[str, Tensor], key: str, experiment: "Experiment", lengths: Any
 ) -> dict[str, Any]:
-    """A decoder's head: weights of the state in a tensor, what it knows of lengths beside them."""
+    """A decoder's head: weights of the state in a tensor, what it knows of lengths beside them.
+
+    Args:
+      path: of the file with the tensor, which is taken out of ``tensors``.
+      lengths: what `describe` said of them, where the head is told them.
+    """
     import numpy as np
 
     abstract = experiment.abstract_params["head"]
-    width = experiment.backbone.architecture.hidden_size
-    classes = abstract["kernel"].shape[1]
-    score = _take(path, tensors, key, (classes, width))
-    if not experiment.is_told_lengths:
-        return _read_all(
-            path, {key: score}, {("kernel",): abstract["kernel"]}, {("kernel",): (key, True)}
-        )
-    described = folder / DESCRIPTION
-    lengths: Any = read_json(described, _REMEDY).get("lengths")
-    try:
-        weights = np.array(lengths["weights"], np.float32)
-        bias = np.array(lengths["bias"], np.float32)
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(str(described), "lengths: missing or damaged", _REMEDY) from error
-    kernel = np.concatenate([np.asarray(score.slices[:, :], np.float32).T, weights])
-    parts = {"kernel": kernel, "bias": bias}
-    found = {name: Tensor(name, described, x.shape, "F32", x) for name, x in parts.items()}
-    keys: dict[names.Path, tuple[str, bool]] = {(name,): (name, False) for name in parts}
-    return _read_all(described, found, {(name,): abstract[name] for name in parts}, keys)
+    shape = (abstract["kernel"].shape[1], experiment.backbone.architecture.hidden_size)
+    score = _take(path, tensors, key, shape)
+    parts = {"kernel": np.asarray(score.slices[:, :], np.float32).T}
+    if experiment.is_told_lengths:
+        try:
+            weights = np.array(lengths["weights"], np.float32)
+            parts["kernel"] = np.concatenate([parts["kernel"], weights])
+            parts["bias"] = np.array(lengths["bias"], np.float32)
+        except (KeyError, TypeError, ValueError) as error:
+            where = str(path.parent / DESCRIPTION)
+            raise InputError(where, "lengths: missing or damaged", _REMEDY) from error
+    called = {"kernel": key, "bias": "bias"}
+    found = {called[n]: Tensor(called[n], path, x.shape, "F32", x) for n, x in parts.items()}
+    keys: dict[names.Path, tuple[str, bool]] = {(n,): (called[n], False) for n in parts}
+    return _read_all(path, found, names.flatten(abstract), keys)
 
 
 def _load_adapter(
-    folder: Path, experiment: "Experiment", base: Path | None, digest: str
+    folder: Path, experiment: "Experiment", base: Path | None, digest: str, lengths: Any
 ) -> dict[str, Any]:
     import numpy as np
 
@@ -189,7 +188,7 @@ def _load_adapter(
     path = folder / ADAPTER_FILES[1]
     with open_tensors(folder, [path]) as tensors:
         score = "base_model.model.score.weight"
-        head = _read_head(folder, path, tensors, score, experiment)
+        head = _read_head(path, tensors, score, experiment, lengths)
         firsts = first_layers(abstract["decoder"])
         # The file holds a matrix per layer, the tree a stack of them: layers are joined first.
         stacks: dict[str, Tensor] = {}

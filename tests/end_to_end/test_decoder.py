@@ -27,6 +27,8 @@ from rig import (
 )
 from safetensors.numpy import load_file
 
+from pref_jax import command
+from pref_jax.errors import InputError
 from pref_jax.experiment import load_run
 from pref_jax.weights.exported import load_exported, write_run
 from pref_jax.weights.run import export_loaded
@@ -88,19 +90,21 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_base(tmp_path_factory.mktemp("base") / "lm")
 
 
+def train_decoder(workdir: Path, base: Path, arena: Path, *flags: str) -> command.Outcome:
+    """What the command said of a run on ``base`` and the arena's rows."""
+    outcome = call(
+        *("train", *DECODER, f"--workdir={workdir}", f"--config.model.pretrained={base}"),
+        *(f"--config.data.train={arena}/train.csv", *flags),
+    )
+    assert outcome.code == 0, outcome
+    return outcome
+
+
 @pytest.fixture(scope="module")
 def decoder(base: Path, arena: Path) -> Path:
     """A run of ten updates."""
     workdir = base.parent / "run"
-    outcome = call(
-        "train",
-        *DECODER,
-        f"--config.model.pretrained={base}",
-        f"--config.data.train={arena}/train.csv",
-        "--config.train.max_steps=10",
-        f"--workdir={workdir}",
-    )
-    assert outcome.code == 0, outcome
+    train_decoder(workdir, base, arena, "--config.train.max_steps=10")
     return workdir
 
 
@@ -112,12 +116,8 @@ def test_a_mean_of_adapters_is_the_mean_of_their_updates(
     base: Path, decoder: Path, arena: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
-    outcome = call(
-        *("train", *DECODER, f"--config.model.pretrained={base}", f"--workdir={other}"),
-        *(f"--config.data.train={arena}/train.csv", "--config.train.max_steps=4"),
-        *("--config.seed=5", "--config.train.learning_rate=0.01"),
-    )
-    assert outcome.code == 0, outcome
+    flags = ("--config.train.max_steps=4", "--config.seed=5", "--config.train.learning_rate=0.01")
+    train_decoder(other, base, arena, *flags)
 
     def weights(run: Path) -> dict[str, np.ndarray]:
         """The merged model: every projection with its update added."""
@@ -155,12 +155,7 @@ def test_adapters_of_different_models_have_no_mean(
     decoder: Path, run: Path, base: Path, arena: Path, tmp_path: Path
 ) -> None:
     wider = tmp_path / "wider"
-    outcome = call(
-        *("train", *DECODER, f"--config.model.pretrained={base}", f"--workdir={wider}"),
-        *(f"--config.data.train={arena}/train.csv", "--config.train.max_steps=1"),
-        "--config.model.lora.rank=3",
-    )
-    assert outcome.code == 0, outcome
+    train_decoder(wider, base, arena, "--config.train.max_steps=1", "--config.model.lora.rank=3")
     for other, words in ((run, "without adapters"), (wider, "model.lora is not that of")):
         outcome = call("ensemble", decoder, other, "--mean_adapters", f"--output={tmp_path}/new")
         assert outcome.code == 2 and words in outcome.stderr, outcome
@@ -287,12 +282,7 @@ def test_a_symmetric_decoder_reads_both_orders_and_says_so(
         {**row, "response_a": row["response_b"], "response_b": row["response_a"]} for row in rows
     ]
     run = tmp_path / "run"
-    outcome = call(
-        *("train", *DECODER, f"--workdir={run}", f"--config.data.train={arena}/train.csv"),
-        *(f"--config.model.pretrained={base}", "--config.model.symmetric"),
-        "--config.train.max_steps=4",
-    )
-    assert outcome.code == 0, outcome
+    train_decoder(run, base, arena, "--config.model.symmetric", "--config.train.max_steps=4")
     ours = numbers(predict(run, write_csv(tmp_path / "rows.csv", rows)))
     exchanged = numbers(predict(run, write_csv(tmp_path / "other.csv", other)))
     assert np.abs(ours[:, 0] - ours[:, 1]).max() > 1e-3
@@ -319,12 +309,9 @@ def test_a_decoder_that_is_told_lengths_takes_them_along(
 ) -> None:
     """Plain transformers with what the export says of lengths has its examples; so has a bundle."""
     run = tmp_path / "run"
-    outcome = call(
-        *("train", *DECODER, f"--workdir={run}", f"--config.data.train={arena}/train.csv"),
-        *(f"--config.model.pretrained={base}", f"--config.model.symmetric={symmetric}"),
-        *("--config.model.length_features", "--config.train.max_steps=4"),
-    )
-    assert outcome.code == 0 and "fitted the head to the lengths" in outcome.stdout, outcome
+    flags = (f"--config.model.symmetric={symmetric}", "--config.model.length_features")
+    outcome = train_decoder(run, base, arena, *flags, "--config.train.max_steps=4")
+    assert "fitted the head to the lengths" in outcome.stdout, outcome
 
     loaded = load_run(run)
     for form in ("adapter", "merged"):
@@ -355,22 +342,21 @@ def test_a_decoder_that_is_told_lengths_takes_them_along(
         np.testing.assert_allclose(untold[-2], example["probabilities"], atol=1e-4)
     assert np.abs(np.subtract(untold[::2], untold[1::2])).max() > 1e-2
 
+    path = tmp_path / "adapter" / "pref_jax.json"
+    described = json.loads(path.read_text())
+    for damaged in (None, {"weights": [1.0], "bias": [0.0] * 3}, {"weights": [[0.0] * 3] * 3}):
+        path.write_text(json.dumps(described | {"lengths": damaged}))
+        with pytest.raises(InputError, match="lengths: missing or damaged"):
+            load_exported(path.parent, base)
+
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
 def test_a_quantised_base_trains_and_merges(
     base: Path, arena: Path, tmp_path: Path, quantization: str
 ) -> None:
     workdir = tmp_path / "run"
-    outcome = call(
-        "train",
-        *DECODER,
-        f"--config.model.pretrained={base}",
-        f"--config.model.quantization={quantization}",
-        f"--config.data.train={arena}/train.csv",
-        "--config.train.max_steps=2",
-        f"--workdir={workdir}",
-    )
-    assert outcome.code == 0, outcome
+    flags = (f"--config.model.quantization={quantization}", "--config.train.max_steps=2")
+    train_decoder(workdir, base, arena, *flags)
     outcome = call("export", f"--workdir={workdir}", f"--output={tmp_path}/adapter")
     assert outcome.code == 0 and "--merge" in outcome.stdout, outcome
     said = json.loads((tmp_path / "adapter" / "pref_jax.json").read_text())
