@@ -423,6 +423,7 @@ class Experiment:
             remat=config.train.remat,
             attention=self.attention,
             longest=self.layout.max_length,
+            frozen_layers=config.model.frozen_layers,
         )
 
     @property
@@ -634,7 +635,9 @@ class Experiment:
         from pref_jax.evaluation.predict import Predictor
 
         # Nothing is kept for a backward pass, and a file has units enough to fill larger products.
-        least = 2048 // (self.layout.max_length * meshes.batch_shards(self.mesh))
+        # On a CPU two calls share the cores, and the last call of a file is seldom full.
+        tokens = 1024 if meshes.is_one_cpu(self.mesh) else 2048
+        least = tokens // (self.layout.max_length * meshes.batch_shards(self.mesh))
         return Predictor(
             self.model,
             self.mesh,

@@ -77,6 +77,11 @@ def _describe(sizes: Sequence[int]) -> str:
     return " x ".join(f"{name}={size}" for name, size in zip(MESH_AXES, sizes, strict=True))
 
 
+def is_one_cpu(mesh: Mesh) -> bool:
+    """Whether the mesh is a single device, a CPU with all of its cores."""
+    return mesh.devices.size == 1 and mesh.devices.flat[0].platform == "cpu"
+
+
 def batch_shards(mesh: Mesh) -> int:
     """How many parts a batch is cut into."""
     return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))

@@ -1,7 +1,8 @@
 """Scoring rows with a trained model."""
 
 import collections
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -16,8 +17,12 @@ from pref_jax.errors import RunError
 from pref_jax.evaluation.metrics import measure_row_losses
 from pref_jax.training.step import abstract_update, make_predict_step
 
-# Packed microbatches per call of the compiled function.
+# Packed microbatches per call of the compiled function, on accelerators and on one CPU device.
 _MICROBATCHES = 8
+_CPU_MICROBATCHES = 1
+# Calls that compute at the same time on one CPU device. XLA cuts only large operations of a program
+# into pieces for several cores, and waits for the slowest piece; two programs fill two cores.
+_CPU_CALLS = 2
 
 
 class Predictor:
@@ -41,7 +46,10 @@ class Predictor:
         self._model, self._num_outputs = model, num_outputs
         self._mesh, self._geometry, self._abstract_params = mesh, geometry, abstract_params
         one = update_shapes(geometry, 1, meshes.batch_shards(mesh), microbatch_size)
-        self.shapes = tuple((_MICROBATCHES, units) for _, units in one)
+        one_cpu = meshes.is_one_cpu(mesh)
+        microbatches = _CPU_MICROBATCHES if one_cpu else _MICROBATCHES
+        self.shapes = tuple((microbatches, units) for _, units in one)
+        self._calls = _CPU_CALLS if one_cpu else 1
         self.compilations = 0
         predict = make_predict_step(model)
 
@@ -67,6 +75,40 @@ class Predictor:
             self.compilations = self.compilations or 1  # where it was found compiled
         return self._compiled
 
+    def run(
+        self, params: Any, batches: Iterable[Update[np.ndarray]]
+    ) -> Iterator[tuple[Update[np.ndarray], tuple[jax.Array, ...]]]:
+        """Yields each packed batch with its logits, in order; one is packed while others compute.
+
+        Args:
+          params: parameters, placed as the predictor's abstract parameters say.
+          batches: of the predictor's `shapes`.
+        """
+        compiled = self.compile()
+        under_way: collections.deque = collections.deque()
+
+        def call(update: Update[np.ndarray]) -> tuple[jax.Array, ...]:
+            return compiled(params, place_update(update, self._mesh))
+
+        def wait(update: Update[np.ndarray]) -> tuple[jax.Array, ...]:
+            return jax.block_until_ready(call(update))
+
+        if self._calls == 1:  # one computes on the accelerator; a call only dispatches it
+            for update in batches:
+                under_way.append((update, call(update)))
+                if len(under_way) > 1:
+                    yield under_way.popleft()
+            yield from under_way
+            return
+        with ThreadPoolExecutor(self._calls) as pool:
+            for update in batches:
+                under_way.append((update, pool.submit(wait, update)))
+                if len(under_way) > self._calls:
+                    first, outputs = under_way.popleft()
+                    yield first, outputs.result()
+            for last, outputs in under_way:
+                yield last, outputs.result()
+
     def logits(
         self,
         params: Any,
@@ -88,15 +130,14 @@ class Predictor:
         Raises:
           RunError: there is such a row.
         """
-        compiled = self.compile()
         numbers = np.asarray(numbers)
         place = np.full(len(samples.labels), -1, np.int64)
         place[numbers] = np.arange(len(numbers))
         result = np.full((len(numbers), self._num_outputs), np.nan, np.float32)
-        under_way: collections.deque = collections.deque()
-
-        def collect() -> None:
-            update, outputs = under_way.popleft()
+        batches = prediction_batches(
+            samples, numbers, self._geometry, self.shapes, meshes.held(self._mesh, self.shapes)
+        )
+        for update, outputs in self.run(params, batches):
             done = 0
             for packed, logits in zip(update.buckets, outputs, strict=True):
                 filled = packed.samples >= 0
@@ -104,17 +145,6 @@ class Predictor:
                 done += int(filled.sum())
             if report is not None:
                 report(done)
-
-        # One batch runs while the next one is packed.
-        batches = prediction_batches(
-            samples, numbers, self._geometry, self.shapes, meshes.held(self._mesh, self.shapes)
-        )
-        for update in batches:
-            under_way.append((update, compiled(params, place_update(update, self._mesh))))
-            if len(under_way) > 1:
-                collect()
-        while under_way:
-            collect()
         broken = ~np.isfinite(result).all(axis=1)
         if finite and broken.any():
             raise RunError(

@@ -32,7 +32,7 @@ def attend(
     *,
     dropout_rate: float = 0.0,
     seeds: jax.Array | None = None,
-    site: int = 0,
+    site: jax.Array | int = 0,
 ) -> jax.Array:
     """Softmax attention (Vaswani et al. 2017, 3.2.1) where only equal segments see each other.
 

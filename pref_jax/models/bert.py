@@ -6,10 +6,12 @@ The two differ only in token types, so one module serves both.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 
 from pref_jax.models.attention import attend
 from pref_jax.models.dropout import dropout
@@ -74,7 +76,6 @@ class EncoderLayer(nn.Module):
     """Self-attention and feed-forward layer, each with residual and layer norm behind it."""
 
     config: EncoderConfig
-    layer: int
     longest: int
     dtype: jnp.dtype = jnp.float32
 
@@ -82,6 +83,7 @@ class EncoderLayer(nn.Module):
     def __call__(
         self,
         x_BxTxD: jax.Array,
+        layer: jax.Array | int,
         segment_ids_BxT: jax.Array,
         segments: Segments | None,
         pool_positions_BxP: jax.Array | None,
@@ -93,7 +95,7 @@ class EncoderLayer(nn.Module):
         either way; what is saved are queries, output projection and feed-forward of the others.
         """
         config, dtype = self.config, self.dtype
-        site = 1 + _SITES_PER_LAYER * self.layer
+        site = 1 + _SITES_PER_LAYER * layer
         heads = (config.num_heads, config.hidden_size // config.num_heads)
         inputs_BxQxD, query_segments_BxQ = x_BxTxD, segment_ids_BxT
         joined = segments is not None  # they are looked for on one CPU device
@@ -104,8 +106,8 @@ class EncoderLayer(nn.Module):
             )
             segments = None  # few queries: the plain formula
 
-        attended = _SelfAttention(config, heads, site, self.longest, dtype, name="attention")(
-            inputs_BxQxD, x_BxTxD, query_segments_BxQ, segment_ids_BxT, segments, seeds
+        attended = _SelfAttention(config, heads, self.longest, dtype, name="attention")(
+            inputs_BxQxD, x_BxTxD, query_segments_BxQ, segment_ids_BxT, segments, seeds, site
         )
         attended = dropout(attended, config.hidden_dropout, seeds, site + 1)
         x_BxQxD = LayerNorm(config.norm_epsilon, dtype, joined, name="attention_norm")(
@@ -123,7 +125,6 @@ class EncoderLayer(nn.Module):
 class _SelfAttention(nn.Module):
     config: EncoderConfig
     heads: tuple[int, int]
-    site: int
     longest: int
     dtype: jnp.dtype
 
@@ -136,6 +137,7 @@ class _SelfAttention(nn.Module):
         key_segments_BxT: jax.Array,
         segments: Segments | None,
         seeds: jax.Array | None,
+        site: jax.Array | int,
     ) -> jax.Array:
         def project(name: str, x: jax.Array) -> jax.Array:
             y = Dense(self.config.hidden_size, ("embed", "heads"), self.dtype, name=name)(x)
@@ -153,7 +155,7 @@ class _SelfAttention(nn.Module):
                 key_segments_BxT,
                 dropout_rate=self.config.attention_dropout,
                 seeds=seeds,
-                site=self.site,
+                site=site,
             )
         else:
             attended = attend_segments(
@@ -162,7 +164,7 @@ class _SelfAttention(nn.Module):
                 longest=self.longest,
                 dropout_rate=self.config.attention_dropout,
                 seeds=seeds,
-                site=self.site,
+                site=site,
             )
         attended = attended.reshape(*attended.shape[:-2], self.config.hidden_size)
         return Dense(self.config.hidden_size, ("heads", "embed"), self.dtype, name="output")(
@@ -222,6 +224,7 @@ class Encoder(nn.Module):
       attention: what `pref_jax.models.attention.choose_implementation` returns.
       longest: the most tokens of a sequence; None: the position table's rows.
       every_token: compute the last layer for every token, though only some are pooled.
+      frozen_layers: how many of the first layers do not train.
     """
 
     config: EncoderConfig
@@ -230,6 +233,7 @@ class Encoder(nn.Module):
     attention: str = "xla"
     longest: int | None = None
     every_token: bool = False
+    frozen_layers: int = 0
 
     @nn.compact
     def __call__(
@@ -275,13 +279,56 @@ class Encoder(nn.Module):
                 most=pooled.shape[1],  # one pooled token a sequence
                 longest=longest,
             )
-        for layer in range(self.config.num_layers):
-            last = layer == self.config.num_layers - 1
-            x_BxTxD = layer_type(self.config, layer, longest, self.dtype, name=f"layer_{layer}")(
+        layers = self.config.num_layers
+        only_BxP = None if self.every_token else pool_positions_BxP
+        alike = layers if only_BxP is None else layers - 1
+        scanned = 0
+        if one_device and not self.is_initializing():
+            scanned, frozen = alike, min(self.frozen_layers, alike)
+            # Apart, since gradients are taken of the weights of a scan all together.
+            for some in (range(frozen), range(frozen, alike)):
+                x_BxTxD = self._scan_layers(some, x_BxTxD, segment_ids_BxT, segments, seeds)
+        for layer in range(scanned, layers):
+            x_BxTxD = layer_type(self.config, longest, self.dtype, name=f"layer_{layer}")(
                 x_BxTxD,
+                layer,
                 segment_ids_BxT,
                 segments,
-                pool_positions_BxP if last and not self.every_token else None,
+                None if layer < alike else only_BxP,
                 seeds,
             )
         return x_BxTxD
+
+    def _scan_layers(
+        self,
+        layers: range,
+        x_BxTxD: jax.Array,
+        segment_ids_BxT: jax.Array,
+        segments: Segments | None,
+        seeds: jax.Array | None,
+    ) -> jax.Array:
+        """The same as one layer after the other, in a program that holds one of them.
+
+        XLA's CPU compiler takes a loop per width of a segment, and loads a program in a time that
+        grows with the square of its operations: a step of six layers takes 4 seconds, and 1 so.
+        """
+        if not layers:
+            return x_BxTxD
+        one = EncoderLayer(
+            self.config, self.longest or self.config.max_positions, self.dtype, parent=None
+        )
+
+        def turn(x_BxTxD: jax.Array, layer: tuple[jax.Array, Any]) -> tuple[jax.Array, None]:
+            number, params = layer
+            y: Any = one.apply(
+                {"params": params}, x_BxTxD, number, segment_ids_BxT, segments, None, seeds
+            )
+            return y, None
+
+        policy = REMAT_POLICIES[self.remat]
+        if policy is not None:
+            # A scan keeps the recomputation apart by itself: no barriers against merging it.
+            turn = jax.checkpoint(turn, policy=policy, prevent_cse=False)
+        params = [self.variables["params"][f"layer_{layer}"] for layer in layers]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+        return lax.scan(turn, x_BxTxD, (jnp.array(layers), stacked))[0]

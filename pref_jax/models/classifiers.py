@@ -29,7 +29,7 @@ class PreferenceClassifier(nn.Module):
       length_features: whether the head is told the responses' lengths before cutting.
       head_dropout: dropout of the pooled states.
       dtype: of activations and matrix products; the head is always float32.
-      remat, attention, longest: see `Encoder`.
+      remat, attention, longest, frozen_layers: see `Encoder`.
     """
 
     config: EncoderConfig
@@ -42,6 +42,7 @@ class PreferenceClassifier(nn.Module):
     remat: str = "none"
     attention: str = "xla"
     longest: int | None = None
+    frozen_layers: int = 0
 
     @nn.compact
     def __call__(
@@ -70,6 +71,7 @@ class PreferenceClassifier(nn.Module):
             self.attention,
             self.longest,
             every_token=self.pooling != "cls",
+            frozen_layers=self.frozen_layers,
             name="encoder",
         )(
             input_ids_BxT,

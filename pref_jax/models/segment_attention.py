@@ -82,7 +82,7 @@ def attend_segments(
     longest: int,
     dropout_rate: float = 0.0,
     seeds: jax.Array | None = None,
-    site: int = 0,
+    site: jax.Array | int = 0,
 ) -> jax.Array:
     """What `pref_jax.models.attention.attend` computes, dropout masks included; padding gets 0.
 
@@ -222,12 +222,13 @@ def _attend_forward(
         top = scores.max(axis=-1, keepdims=True)
         weights = jnp.exp(scores - top)
         total = weights.sum(axis=-1, keepdims=True)
-        weights = weights / total
         if rate:
             weights = jnp.where(
                 cut.keep(heads, sizes[0], rate), weights * np.float32(1.0 / (1.0 - rate)), 0.0
             )
-        part = _product("nqk,nkh->nqh", weights.astype(dtype), cut.of(value_NxFxH)).astype(dtype)
+        part = _product("nqk,nkh->nqh", weights.astype(dtype), cut.of(value_NxFxH))
+        # Divided behind the product: there are fewer of these than of the scores.
+        part = (part / total).astype(dtype)
         log_sum = (top + jnp.log(total))[..., 0]
         return (
             cut.put(out, jnp.where(cut.mine[:, None], part, cut.of(out))),

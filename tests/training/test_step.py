@@ -1,5 +1,7 @@
 """One update is the same mathematics on any shape of machine, packed or not."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from support import (
 
 from pref_jax.data.batches import make_geometry
 from pref_jax.models.classifiers import PreferenceClassifier
+from pref_jax.training.state import split_parameters, trainable_above
 from pref_jax.training.step import make_gradient, make_predict_step
 
 STEPS = 20
@@ -179,6 +182,55 @@ def test_attention_by_segment_follows_the_plain_one(reference) -> None:
         trainer = Trainer(model, make_samples(ROWS[sides]), longest=32)
         losses, _ = trainer.losses(make_params(model, sides), STEPS)
         np.testing.assert_allclose(losses, reference[sides], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "frozen_layers", "remat"),
+    [("cls", 0, "none"), ("cls_mean", 1, "none"), ("cls", 3, "full")],
+)
+def test_layers_in_a_scan_have_the_gradients_of_single_ones(
+    pooling: str, frozen_layers: int, remat: str
+) -> None:
+    """One CPU device scans the layers; others compute them one by one."""
+    config = tiny_config(num_layers=3)
+    update = pack_all(make_samples(ROWS[1]), make_geometry(32, 1, packing=True))
+
+    def gradient(attention: str, **changes: Any) -> tuple[Any, int]:
+        model = PreferenceClassifier(
+            config,
+            pooling=pooling,
+            attention=attention,
+            longest=32,
+            frozen_layers=frozen_layers,
+            **changes,
+        )
+        trainable, frozen = split_parameters(make_params(model, 1), trainable_above(frozen_layers))
+        function = make_gradient(model)
+        arguments = (trainable, frozen, update, np.int32(3), np.float32(1))
+        jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+        return jax.jit(function)(*arguments)[0], _count_products(jaxpr)
+
+    plain, products = gradient("xla")
+    scanned, scanned_products = gradient("segments", remat=remat)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), plain, scanned)
+    if remat == "none":
+        # Segments compute their scores again, once a layer; of frozen layers no gradient is taken.
+        layers = 2 if pooling == "cls" else 3
+        assert scanned_products == products + layers * len(update.buckets)
+
+
+def _count_products(jaxpr: Any) -> int:
+    """Matrix products that a program computes, those of a scan in each turn."""
+    count = 0
+    for equation in jaxpr.eqns:
+        inner = 0
+        for value in jax.tree.leaves(list(equation.params.values())):
+            inside = getattr(value, "jaxpr", value)
+            if hasattr(inside, "eqns"):
+                inner += _count_products(inside)
+        turns = equation.params["length"] if equation.primitive.name == "scan" else 1
+        count += (equation.primitive.name == "dot_general") + turns * inner
+    return count
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
