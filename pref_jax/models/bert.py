@@ -283,7 +283,8 @@ class Encoder(nn.Module):
         only_BxP = None if self.every_token else pool_positions_BxP
         alike = layers if only_BxP is None else layers - 1
         scanned = 0
-        if one_device and not self.is_initializing():
+        # In 16 bits XLA's CPU compiler converts the whole stack that a scan saves in each turn.
+        if one_device and self.dtype == jnp.float32 and not self.is_initializing():
             scanned, frozen = alike, min(self.frozen_layers, alike)
             # Apart, since gradients are taken of the weights of a scan all together.
             for some in (range(frozen), range(frozen, alike)):
