@@ -201,7 +201,7 @@ def _time_prediction(
     batches = prediction_batches(samples, rows, experiment.geometry, predictor.shapes)
     updates = [update for update, _ in zip(batches, range(steps), strict=False)]
     list(predictor.run(params, updates[:1]))
-    seconds = []
+    seconds = []  # from one answer to the next: calls overlap
     mark = time.perf_counter()
     for _, outputs in predictor.run(params, updates):
         jax.block_until_ready(outputs)

@@ -373,7 +373,7 @@ class Experiment:
     def _choose_attention(self, device: jax.Device) -> str:
         architecture = self.backbone.architecture
         if not isinstance(architecture, LlamaConfig):
-            return choose_implementation(device.platform, self.mesh.devices.size)
+            return choose_implementation(one_cpu=meshes.is_one_cpu(self.mesh))
         return choose_causal_implementation(
             device,
             head_dim=architecture.head_dim,

@@ -2,7 +2,7 @@
 
 import collections
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -85,29 +85,24 @@ class Predictor:
           batches: of the predictor's `shapes`.
         """
         compiled = self.compile()
-        under_way: collections.deque = collections.deque()
+        under_way: collections.deque[tuple[Update[np.ndarray], Future]] = collections.deque()
 
         def call(update: Update[np.ndarray]) -> tuple[jax.Array, ...]:
-            return compiled(params, place_update(update, self._mesh))
+            outputs = compiled(params, place_update(update, self._mesh))
+            # A single thread only dispatches, so that an accelerator finds the next call waiting.
+            return outputs if self._calls == 1 else jax.block_until_ready(outputs)
 
-        def wait(update: Update[np.ndarray]) -> tuple[jax.Array, ...]:
-            return jax.block_until_ready(call(update))
+        def take() -> tuple[Update[np.ndarray], tuple[jax.Array, ...]]:
+            update, outputs = under_way.popleft()
+            return update, outputs.result()
 
-        if self._calls == 1:  # one computes on the accelerator; a call only dispatches it
-            for update in batches:
-                under_way.append((update, call(update)))
-                if len(under_way) > 1:
-                    yield under_way.popleft()
-            yield from under_way
-            return
         with ThreadPoolExecutor(self._calls) as pool:
             for update in batches:
-                under_way.append((update, pool.submit(wait, update)))
+                under_way.append((update, pool.submit(call, update)))
                 if len(under_way) > self._calls:
-                    first, outputs = under_way.popleft()
-                    yield first, outputs.result()
-            for last, outputs in under_way:
-                yield last, outputs.result()
+                    yield take()
+            while under_way:
+                yield take()
 
     def logits(
         self,

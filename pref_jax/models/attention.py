@@ -12,7 +12,7 @@ from pref_jax.models.dropout import dropout
 _MASKED = np.float32(-1e30)
 
 
-def choose_implementation(platform: str, devices: int) -> str:
+def choose_implementation(*, one_cpu: bool) -> str:
     """Chooses the attention of an encoder; the one place where that happens.
 
     - "segments": one segment at a time (`pref_jax.models.segment_attention`). Its loop cuts along
@@ -20,7 +20,7 @@ def choose_implementation(platform: str, devices: int) -> str:
     - "xla": the plain formula over the packed unit. Attention dropout, which encoders have in
       training, needs the probabilities, and fused kernels do not hand them out.
     """
-    return "segments" if platform == "cpu" and devices == 1 else "xla"
+    return "segments" if one_cpu else "xla"
 
 
 def attend(
