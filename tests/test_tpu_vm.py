@@ -100,6 +100,12 @@ sys.exit(CODE)
 """
 
 
+def heed_signals() -> None:
+    """What a terminal gives a command; under nohup tests start with signals that are ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class StandIn:
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -131,6 +137,7 @@ class StandIn:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=heed_signals,
         )
 
     def call(self, action: str, *flags: str) -> tuple[int, str, str]:
