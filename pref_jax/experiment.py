@@ -372,10 +372,12 @@ class Experiment:
 
     def _choose_attention(self, device: jax.Device) -> str:
         architecture = self.backbone.architecture
+        one_cpu = meshes.is_one_cpu(self.mesh)
         if not isinstance(architecture, LlamaConfig):
-            return choose_implementation(one_cpu=meshes.is_one_cpu(self.mesh))
+            return choose_implementation(one_cpu=one_cpu)
         return choose_causal_implementation(
             device,
+            one_cpu=one_cpu,
             head_dim=architecture.head_dim,
             length=self.layout.max_length,
             dtype=self.precision.compute,
@@ -410,6 +412,7 @@ class Experiment:
                 frozen_dtype=self.precision.compute if section.rank else jnp.dtype("float32"),
                 remat=config.train.remat,
                 attention=self.attention,
+                longest=self.layout.max_length,
                 mesh=self.mesh,
             )
         return PreferenceClassifier(

@@ -75,7 +75,7 @@ def test_the_weakest_card_decides() -> None:
 @pytest.mark.parametrize(("card", "chosen"), [(T4, "xla"), (A100, "cudnn"), (MI300, "xla")])
 def test_flash_attention_from_ampere(card: Any, chosen: str) -> None:
     found = choose_causal_implementation(
-        card, head_dim=64, length=128, dtype=jnp.dtype("float16"), packing="auto"
+        card, one_cpu=False, head_dim=64, length=128, dtype=jnp.dtype("float16"), packing="auto"
     )
     assert found == chosen
 

@@ -91,20 +91,19 @@ def score_responses(run: Run, comparisons: Comparisons) -> np.ndarray:
 def _score_samples(
     run: Run, predictor: Predictor, samples: Samples, numbers: np.ndarray
 ) -> np.ndarray:
-    with (
-        shortage_explained(run.experiment, "predict"),
-        Progress(
+    with shortage_explained(run.experiment, "predict"):
+        predictor.compile()  # before the clock starts that tells the time left
+        with Progress(
             len(numbers), unit="row", description="score", shown=hosts.is_leader()
-        ) as progress,
-    ):
-        done = 0
+        ) as progress:
+            done = 0
 
-        def report(more: int) -> None:
-            nonlocal done
-            done += more
-            progress.update(done, rows=more)
+            def report(more: int) -> None:
+                nonlocal done
+                done += more
+                progress.update(done, rows=more)
 
-        return predictor.logits(run.params, samples, numbers, report=report)
+            return predictor.logits(run.params, samples, numbers, report=report)
 
 
 def predict(

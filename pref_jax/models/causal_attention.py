@@ -11,6 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from pref_jax.accelerators import BFLOAT16_FROM, compute_capability
 from pref_jax.mesh import BATCH_AXES
+from pref_jax.models.segment_attention import Segments, attend_segments
 
 _MASKED = np.float32(-1e30)
 _LANES = 128  # the TPU kernel takes heads and lengths in multiples of its lanes
@@ -18,7 +19,13 @@ _LONGEST_BLOCK = 512
 
 
 def choose_causal_implementation(
-    device: jax.Device, *, head_dim: int, length: int, dtype: jnp.dtype, packing: str
+    device: jax.Device,
+    *,
+    one_cpu: bool,
+    head_dim: int,
+    length: int,
+    dtype: jnp.dtype,
+    packing: str,
 ) -> str:
     """Chooses the attention of a decoder; the one place where that happens.
 
@@ -26,10 +33,12 @@ def choose_causal_implementation(
       ids; heads and unit lengths in multiples of 128.
     - "cudnn": flash attention on NVIDIA GPUs from Ampere, 16-bit. Takes no segment ids, so each row
       has a unit of its own; not where ``packing`` is "on".
+    - "segments": one segment at a time, as encoders on one CPU device.
     - "xla": the plain formula.
 
     Args:
       device: one of the mesh.
+      one_cpu: whether it is a CPU and the only one.
       head_dim: channels of a head.
       length: tokens of a unit.
       dtype: of queries, keys and values.
@@ -42,7 +51,7 @@ def choose_causal_implementation(
         capability = compute_capability(device) or (0, 0)
         fits = jnp.dtype(dtype).itemsize == 2 and head_dim <= 128 and head_dim % 8 == 0
         return "cudnn" if capability >= BFLOAT16_FROM and fits and packing != "on" else "xla"
-    return "xla"
+    return "segments" if one_cpu else "xla"
 
 
 def attend_causal(
@@ -53,6 +62,8 @@ def attend_causal(
     *,
     implementation: str = "xla",
     mesh: Mesh | None = None,
+    segments: Segments | None = None,
+    longest: int = 0,
 ) -> jax.Array:
     """Softmax attention with scores scaled by 1 / sqrt(H), float32 inside.
 
@@ -64,6 +75,8 @@ def attend_causal(
       segment_ids_BxT: tokens of one segment are contiguous and see no other segment.
       implementation: what `choose_causal_implementation` returned.
       mesh: for "splash", whose kernel runs on each device's part.
+      segments: for "segments", where they lie.
+      longest: for "segments", the most tokens of one.
 
     Returns:
       ``[B, T, N, H]`` in the dtype of the queries.
@@ -76,6 +89,10 @@ def attend_causal(
     if implementation == "splash":
         assert mesh is not None
         return _attend_splash(query_BxTxNxH, key_BxTxKxH, value_BxTxKxH, segment_ids_BxT, mesh)
+    if implementation == "segments":
+        assert segments is not None
+        heads = (query_BxTxNxH, key_BxTxKxH, value_BxTxKxH)
+        return attend_segments(*heads, segments, longest=longest, causal=True)
     return _attend_plain(query_BxTxNxH, key_BxTxKxH, value_BxTxKxH, segment_ids_BxT)
 
 

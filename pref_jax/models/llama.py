@@ -19,6 +19,7 @@ from pref_jax.models.heads import apply_head
 from pref_jax.models.layers import INITIALIZER_RANGE, named
 from pref_jax.models.lora import LoRAConfig, Projection
 from pref_jax.models.rope import RopeConfig, make_angles, rotate
+from pref_jax.models.segment_attention import Segments, find_segments
 
 # Stacks of a decoder's layers: the first ones, where they are frozen, and all others.
 FROZEN_LAYERS, LAYERS = "frozen_layers", "layers"
@@ -93,6 +94,7 @@ class _Options:
     dtype: jnp.dtype
     frozen_dtype: jnp.dtype
     attention: str
+    longest: int
     mesh: Mesh | None
 
     def projection(self, name: str, features: int, axes: tuple[str, str]) -> Projection:
@@ -121,6 +123,7 @@ class _SelfAttention(nn.Module):
         first_site: jax.Array,
         angles: tuple[jax.Array, jax.Array],
         segment_ids_BxT: jax.Array,
+        segments: Segments | None,
         seeds: jax.Array | None,
     ) -> jax.Array:
         options, config = self.options, self.options.config
@@ -140,6 +143,8 @@ class _SelfAttention(nn.Module):
             segment_ids_BxT,
             implementation=options.attention,
             mesh=options.mesh,
+            segments=segments,
+            longest=options.longest,
         )
         flat_BxTxE = out_BxTxNxH.reshape(*out_BxTxNxH.shape[:-2], -1)
         output = options.projection("o_proj", config.hidden_size, ("heads", "embed"))
@@ -178,6 +183,7 @@ class DecoderLayer(nn.Module):
         layer: jax.Array,
         angles: tuple[jax.Array, jax.Array],
         segment_ids_BxT: jax.Array,
+        segments: Segments | None,
         seeds: jax.Array | None,
     ) -> tuple[jax.Array, None]:
         """One step of a scan: the residual stream ``[B, T, D]`` goes through."""
@@ -185,7 +191,12 @@ class DecoderLayer(nn.Module):
         first_site = layer * len(PROJECTIONS)
         x_BxTxD = constrain_batch(x_BxTxD, options.mesh)
         x_BxTxD += _SelfAttention(options, name="self_attn")(
-            options.norm("input_layernorm")(x_BxTxD), first_site, angles, segment_ids_BxT, seeds
+            options.norm("input_layernorm")(x_BxTxD),
+            first_site,
+            angles,
+            segment_ids_BxT,
+            segments,
+            seeds,
         )
         x_BxTxD = constrain_batch(x_BxTxD, options.mesh)
         x_BxTxD += _FeedForward(options, name="mlp")(
@@ -241,6 +252,14 @@ class Decoder(nn.Module):
         )
         x_BxTxD = constrain_batch(x_BxTxD, options.mesh)
         angles = make_angles(config.rope, config.head_dim, positions_BxT, segment_ids_BxT)
+        segments = None
+        if options.attention == "segments":
+            segments = find_segments(
+                segment_ids_BxT,
+                positions_BxT,
+                most=pool_positions_BxP.shape[1],  # one pooled token a sequence
+                longest=options.longest,
+            )
         block: type[nn.Module] = DecoderLayer
         policy = REMAT_POLICIES[self.remat]
         if policy is not None:
@@ -258,11 +277,11 @@ class Decoder(nn.Module):
                 block,
                 variable_axes={"params": 0, "lora": 0},
                 split_rngs={"params": True},
-                in_axes=(0, *(nn.broadcast,) * 3),
+                in_axes=(0, *(nn.broadcast,) * 4),
                 length=part.size,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )(part_options, name=name)
-            x_BxTxD, _ = layers(x_BxTxD, part, angles, segment_ids_BxT, seeds)
+            x_BxTxD, _ = layers(x_BxTxD, part, angles, segment_ids_BxT, segments, seeds)
         return options.norm("norm")(gather_tokens(x_BxTxD, pool_positions_BxP))
 
 
@@ -283,6 +302,7 @@ class LlamaClassifier(nn.Module):
         trained ones are of ``dtype``.
       remat: "none", "dots" or "full", see `pref_jax.models.bert.Encoder`.
       attention: what `choose_causal_implementation` returned.
+      longest: the most tokens of a sequence; None: what the architecture takes.
       mesh: pins activations to the batch axes; None on one device.
     """
 
@@ -298,6 +318,7 @@ class LlamaClassifier(nn.Module):
     frozen_dtype: jnp.dtype = jnp.float32
     remat: str = "none"
     attention: str = "xla"
+    longest: int | None = None
     mesh: Mesh | None = None
 
     @nn.compact
@@ -325,6 +346,7 @@ class LlamaClassifier(nn.Module):
             self.dtype,
             self.frozen_dtype,
             self.attention,
+            self.longest or self.config.max_positions,
             self.mesh,
         )
         pooled_BxPxD = Decoder(options, self.remat, self.frozen_layers, name="decoder")(

@@ -75,16 +75,28 @@ def find_segments(
 
 def attend_segments(
     query_BxTxNxH: jax.Array,
-    key_BxTxNxH: jax.Array,
-    value_BxTxNxH: jax.Array,
+    key_BxTxKxH: jax.Array,
+    value_BxTxKxH: jax.Array,
     segments: Segments,
     *,
     longest: int,
+    causal: bool = False,
     dropout_rate: float = 0.0,
     seeds: jax.Array | None = None,
     site: jax.Array | int = 0,
 ) -> jax.Array:
     """What `pref_jax.models.attention.attend` computes, dropout masks included; padding gets 0.
+
+    Args:
+      query_BxTxNxH, key_BxTxKxH, value_BxTxKxH: heads; each of the K serves N / K query heads that
+        follow each other.
+      segments: of the B x T tokens.
+      longest: the most tokens that a segment may have.
+      causal: whether a token sees only itself and what stands before it in its segment, as in
+        `pref_jax.models.causal_attention.attend_causal`.
+      dropout_rate: of the probabilities, where there are ``seeds``.
+      seeds: of the B units.
+      site: which mask of theirs.
 
     Returns:
       ``[B, T, N, H]``.
@@ -92,20 +104,36 @@ def attend_segments(
     units, tokens, heads, width = query_BxTxNxH.shape
     rate = dropout_rate if seeds is not None else 0.0
     words = jnp.zeros((units, 2), jnp.uint32) if seeds is None else site_seeds(seeds, site)
+    groups = key_BxTxKxH.shape[2]
 
     def flatten(x: jax.Array) -> jax.Array:
-        return x.reshape(units * tokens, heads, width).transpose(1, 0, 2)
+        return x.reshape(units * tokens, groups, -1, width).transpose(1, 2, 0, 3)
 
-    out_NxFxH = _attend(
+    out_KxGxFxH = _attend(
         flatten(query_BxTxNxH),
-        flatten(key_BxTxNxH),
-        flatten(value_BxTxNxH),
+        flatten(key_BxTxKxH)[:, 0],
+        flatten(value_BxTxKxH)[:, 0],
         segments,
         words,
-        (tokens, min(longest, tokens)),
-        rate,
+        _Plan(tokens, min(longest, tokens), causal, rate),
     )
-    return out_NxFxH.transpose(1, 0, 2).reshape(units, tokens, heads, width)
+    return out_KxGxFxH.transpose(2, 0, 1, 3).reshape(units, tokens, heads, width)
+
+
+class _Plan(NamedTuple):
+    """What is known when a program is traced.
+
+    Attributes:
+      tokens: of a unit.
+      longest: the most tokens of a segment.
+      causal: whether tokens see only what stands before them.
+      rate: of dropout.
+    """
+
+    tokens: int
+    longest: int
+    causal: bool
+    rate: float
 
 
 class _Cut(NamedTuple):
@@ -123,17 +151,26 @@ class _Cut(NamedTuple):
     at: jax.Array
     words: jax.Array
 
-    def of(self, x: jax.Array, axis: int = 1) -> jax.Array:
+    def of(self, x: jax.Array, axis: int) -> jax.Array:
         return lax.dynamic_slice_in_dim(x, self.start, self.mine.size, axis)
 
-    def put(self, x: jax.Array, part: jax.Array, axis: int = 1) -> jax.Array:
+    def put(self, x: jax.Array, part: jax.Array, axis: int) -> jax.Array:
         return lax.dynamic_update_slice_in_dim(x, part, self.start, axis)
 
-    def keep(self, heads: int, tokens: int, rate: float) -> jax.Array:
-        """The mask of the plain formula: its index is (head, query, key) inside the unit."""
-        head = jnp.arange(heads, dtype=jnp.uint32) * np.uint32(tokens**2)
-        index = head[:, None, None] + (self.at * np.uint32(tokens))[:, None] + self.at
-        return keep_elements(index, self.words[0], self.words[1], rate)
+    def seen(self, causal: bool) -> jax.Array:
+        """Which keys a query sees, bool ``[width]`` or ``[width, width]``."""
+        if not causal:
+            return self.mine
+        order = lax.iota(jnp.int32, self.mine.size)
+        return self.mine & (order[:, None] >= order)
+
+    def factor(self, groups: int, per_group: int, plan: _Plan) -> jax.Array:
+        """Dropout's factors; the plain formula's index is (head, query, key) inside the unit."""
+        heads = jnp.arange(groups * per_group, dtype=jnp.uint32).reshape(groups, per_group, 1, 1)
+        index = heads * np.uint32(plan.tokens**2)
+        index = index + (self.at * np.uint32(plan.tokens))[:, None] + self.at
+        keep = keep_elements(index, self.words[0], self.words[1], plan.rate)
+        return jnp.where(keep, np.float32(1.0 / (1.0 - plan.rate)), 0.0)
 
 
 def _cut(
@@ -155,7 +192,7 @@ def _cut(
 def _visit(
     segments: Segments,
     words_Bx2: jax.Array,
-    sizes: tuple[int, int],
+    plan: _Plan,
     visit: Callable[[_Cut, Any], Any],
     carry: Any,
 ) -> Any:
@@ -165,124 +202,115 @@ def _visit(
     are computed. Found in its own turn, XLA's CPU compiler fuses it into each computation of scores
     and finds it again for each element, which made attention two to four times as slow.
     """
-    tokens, longest = sizes
-    for kind, width in enumerate(_widths(longest)):
+    for kind, width in enumerate(_widths(plan.longest)):
         first, behind = segments.bounds[kind], segments.bounds[kind + 1]
 
         def turn(number: jax.Array, state: tuple[_Cut, Any], width: int = width) -> Any:
             cut, carry = state
             carry = visit(cut, carry)
-            return _cut(segments, words_Bx2, number + 1, width, tokens), carry
+            return _cut(segments, words_Bx2, number + 1, width, plan.tokens), carry
 
-        start = (_cut(segments, words_Bx2, first, width, tokens), carry)
+        start = (_cut(segments, words_Bx2, first, width, plan.tokens), carry)
         _, carry = lax.fori_loop(first, behind, turn, start)
     return carry
 
 
 def _scores(query: jax.Array, key: jax.Array) -> jax.Array:
     scale = np.float32(query.shape[-1] ** -0.5)
-    return _product("nqh,nkh->nqk", query, key) * scale
+    return _product("kgqh,ksh->kgqs", query, key) * scale
 
 
 def _product(form: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum(form, x, y.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attend(
-    query_NxFxH: jax.Array,
-    key_NxFxH: jax.Array,
-    value_NxFxH: jax.Array,
+    query_KxGxFxH: jax.Array,
+    key_KxFxH: jax.Array,
+    value_KxFxH: jax.Array,
     segments: Segments,
     words: jax.Array,
-    sizes: tuple[int, int],
-    rate: float,
+    plan: _Plan,
 ) -> jax.Array:
-    return _attend_forward(query_NxFxH, key_NxFxH, value_NxFxH, segments, words, sizes, rate)[0]
+    return _attend_forward(query_KxGxFxH, key_KxFxH, value_KxFxH, segments, words, plan)[0]
 
 
 # Both passes are traced once for all layers of a network: they differ by their arguments only.
-@functools.partial(jax.jit, static_argnums=(5, 6))
+@functools.partial(jax.jit, static_argnums=5)
 def _attend_forward(
-    query_NxFxH: jax.Array,
-    key_NxFxH: jax.Array,
-    value_NxFxH: jax.Array,
+    query_KxGxFxH: jax.Array,
+    key_KxFxH: jax.Array,
+    value_KxFxH: jax.Array,
     segments: Segments,
     words: jax.Array,
-    sizes: tuple[int, int],
-    rate: float,
+    plan: _Plan,
 ) -> tuple[jax.Array, Any]:
-    heads, flat, _ = query_NxFxH.shape
-    dtype = query_NxFxH.dtype
+    dtype = query_KxGxFxH.dtype
 
     def visit(cut: _Cut, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         out, log_sums = carry
-        scores = _scores(cut.of(query_NxFxH), cut.of(key_NxFxH))
-        scores = jnp.where(cut.mine, scores, _MASKED)
+        scores = _scores(cut.of(query_KxGxFxH, 2), cut.of(key_KxFxH, 1))
+        scores = jnp.where(cut.seen(plan.causal), scores, _MASKED)
         top = scores.max(axis=-1, keepdims=True)
         weights = jnp.exp(scores - top)
         total = weights.sum(axis=-1, keepdims=True)
-        if rate:
-            weights = jnp.where(
-                cut.keep(heads, sizes[0], rate), weights * np.float32(1.0 / (1.0 - rate)), 0.0
-            )
-        part = _product("nqk,nkh->nqh", weights.astype(dtype), cut.of(value_NxFxH))
+        if plan.rate:
+            weights = weights * cut.factor(*scores.shape[:2], plan)
+        part = _product("kgqs,ksh->kgqh", weights.astype(dtype), cut.of(value_KxFxH, 1))
         # Divided behind the product: there are fewer of these than of the scores.
         part = (part / total).astype(dtype)
         log_sum = (top + jnp.log(total))[..., 0]
         return (
-            cut.put(out, jnp.where(cut.mine[:, None], part, cut.of(out))),
-            cut.put(log_sums, jnp.where(cut.mine, log_sum, cut.of(log_sums))),
+            cut.put(out, jnp.where(cut.mine[:, None], part, cut.of(out, 2)), 2),
+            cut.put(log_sums, jnp.where(cut.mine, log_sum, cut.of(log_sums, 2)), 2),
         )
 
-    start = (jnp.zeros_like(value_NxFxH), jnp.zeros((heads, flat), jnp.float32))
-    out, log_sums = _visit(segments, words, sizes, visit, start)
-    return out, (query_NxFxH, key_NxFxH, value_NxFxH, segments, words, out, log_sums)
+    start = (jnp.zeros_like(query_KxGxFxH), jnp.zeros(query_KxGxFxH.shape[:3], jnp.float32))
+    out, log_sums = _visit(segments, words, plan, visit, start)
+    return out, (query_KxGxFxH, key_KxFxH, value_KxFxH, segments, words, out, log_sums)
 
 
-def _attend_backward(sizes: tuple[int, int], rate: float, saved: Any, d_out: jax.Array) -> tuple:
+def _attend_backward(plan: _Plan, saved: Any, d_out: jax.Array) -> tuple:
     segments, words = saved[3:5]
     no_gradient = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), (segments, words))
-    return (*_gradients(sizes, rate, saved, d_out), *no_gradient)
+    return (*_gradients(plan, saved, d_out), *no_gradient)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _gradients(
-    sizes: tuple[int, int], rate: float, saved: Any, d_out: jax.Array
-) -> tuple[jax.Array, ...]:
+@functools.partial(jax.jit, static_argnums=0)
+def _gradients(plan: _Plan, saved: Any, d_out: jax.Array) -> tuple[jax.Array, ...]:
     """Those of query, key and value."""
     query, key, value, segments, words, out, log_sums = saved
-    heads = query.shape[0]
     dtype = query.dtype
     scale = np.float32(query.shape[-1] ** -0.5)
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
 
     def visit(cut: _Cut, carry: tuple) -> tuple:
-        pair = cut.mine[:, None] & cut.mine[None, :]
-        log_sum, shift = cut.of(log_sums)[..., None], cut.of(delta)[..., None]
-        part_query, part_key = cut.of(query), cut.of(key)
-        part_out = cut.of(d_out)
+        pair = cut.mine[:, None] & cut.seen(plan.causal)
+        log_sum, shift = cut.of(log_sums, 2)[..., None], cut.of(delta, 2)[..., None]
+        part_query, part_key = cut.of(query, 2), cut.of(key, 1)
+        part_out = cut.of(d_out, 2)
         weights = jnp.where(pair, jnp.exp(_scores(part_query, part_key) - log_sum), 0.0)
-        d_weights = _product("nqh,nkh->nqk", part_out, cut.of(value))
+        d_weights = _product("kgqh,ksh->kgqs", part_out, cut.of(value, 1))
         dropped = weights
-        if rate:
-            factor = jnp.where(cut.keep(heads, sizes[0], rate), np.float32(1.0 / (1.0 - rate)), 0.0)
+        if plan.rate:
+            factor = cut.factor(*weights.shape[:2], plan)
             dropped, d_weights = weights * factor, d_weights * factor
         d_scores = (weights * (d_weights - shift) * scale).astype(dtype)
         parts = (
-            _product("nqk,nkh->nqh", d_scores, part_key),
-            _product("nhq,nqk->nhk", part_query.mT, d_scores),
-            _product("nhq,nqk->nhk", part_out.mT, dropped.astype(dtype)),
+            _product("kgqs,ksh->kgqh", d_scores, part_key),
+            _product("khgq,kgqs->khs", jnp.moveaxis(part_query, -1, 1), d_scores),
+            _product("khgq,kgqs->khs", jnp.moveaxis(part_out, -1, 1), dropped.astype(dtype)),
         )
         return tuple(
-            cut.put(total, cut.of(total, axis) + part, axis)
-            for total, part, axis in zip(carry, parts, (1, 2, 2), strict=True)
+            cut.put(total, cut.of(total, 2) + part, 2)
+            for total, part in zip(carry, parts, strict=True)
         )
 
     # Those of key and value stand transposed: a product that sums over the first axis of a matrix
     # of scores is several times as slow on a CPU.
     start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (query, key.mT, value.mT))
-    d_query, d_key, d_value = _visit(segments, words, sizes, visit, start)
+    d_query, d_key, d_value = _visit(segments, words, plan, visit, start)
     return d_query.astype(dtype), d_key.astype(dtype).mT, d_value.astype(dtype).mT
 
 

@@ -1,4 +1,6 @@
-"""Attention one segment at a time equals the plain formula: values, gradients, dropout."""
+"""Attention one segment at a time equals the plain formulas: values, gradients, dropout."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +8,7 @@ import numpy as np
 import pytest
 
 from pref_jax.models.attention import attend
+from pref_jax.models.causal_attention import attend_causal
 from pref_jax.models.dropout import unit_seeds
 from pref_jax.models.segment_attention import attend_segments, find_segments
 
@@ -22,15 +25,15 @@ def _unit(lengths: list[int], tokens: int) -> tuple[np.ndarray, np.ndarray]:
     return segments, positions
 
 
+LAYOUTS = [
+    (96, [[96], [1, 2, 3], [64, 32], []]),
+    (200, [[65, 64, 63], [1, 190], [128, 72]]),  # the last segments touch the end
+    (16, [[16], [5, 11]]),
+]
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.1])
-@pytest.mark.parametrize(
-    ("tokens", "units"),
-    [
-        (96, [[96], [1, 2, 3], [64, 32], []]),
-        (200, [[65, 64, 63], [1, 190], [128, 72]]),  # the last segments touch the end
-        (16, [[16], [5, 11]]),
-    ],
-)
+@pytest.mark.parametrize(("tokens", "units"), LAYOUTS)
 def test_equals_the_plain_formula(tokens: int, units: list[list[int]], rate: float) -> None:
     segments, positions = map(np.stack, zip(*(_unit(u, tokens) for u in units), strict=True))
     generator = np.random.default_rng(0)
@@ -49,8 +52,39 @@ def test_equals_the_plain_formula(tokens: int, units: list[list[int]], rate: flo
         found = find_segments(jnp.asarray(segments), jnp.asarray(positions), most=4, longest=tokens)
         return (attend_segments(*heads, found, longest=tokens, **noise) * weights).sum()
 
-    ours = jax.jit(jax.value_and_grad(by_segment, argnums=(0, 1, 2)))(query, key, value)
-    theirs = jax.jit(jax.value_and_grad(plain, argnums=(0, 1, 2)))(query, key, value)
+    assert_alike(by_segment, plain, query, key, value)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize(("tokens", "units"), LAYOUTS)
+def test_equals_the_plain_formula_of_decoders(
+    tokens: int, units: list[list[int]], groups: int
+) -> None:
+    segments, positions = map(np.stack, zip(*(_unit(u, tokens) for u in units), strict=True))
+    generator = np.random.default_rng(0)
+    query, key, value, weights = (
+        jnp.asarray(generator.standard_normal((len(units), tokens, heads, WIDTH)), jnp.float32)
+        for heads in (6, groups, groups, 6)
+    )
+    weights = weights * (segments > 0)[:, :, None, None]
+
+    def plain(*heads: jax.Array) -> jax.Array:
+        return (attend_causal(*heads, segments) * weights).sum()
+
+    def by_segment(*heads: jax.Array) -> jax.Array:
+        found = find_segments(jnp.asarray(segments), jnp.asarray(positions), most=4, longest=tokens)
+        given = {"segments": found, "longest": tokens}
+        out = attend_causal(*heads, segments, implementation="segments", **given)
+        return (out * weights).sum()
+
+    assert_alike(by_segment, plain, query, key, value)
+
+
+def assert_alike(
+    one: Callable[..., jax.Array], other: Callable[..., jax.Array], *heads: jax.Array
+) -> None:
+    """The same sum and the same gradients of query, key and value."""
+    ours, theirs = (jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(*heads) for f in (one, other))
     np.testing.assert_allclose(ours[0], theirs[0], atol=1e-4)
     for a, b in zip(ours[1], theirs[1], strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)

@@ -179,13 +179,15 @@ def relative(ours: Any, theirs: Any) -> float:
     return float(np.linalg.norm(ours - theirs) / max(np.linalg.norm(theirs), 1e-12))
 
 
-@pytest.mark.parametrize("rope", list(ROPES))
-def test_logits_and_gradients_equal_peft(rope: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("rope", "attention"), [*((rope, "xla") for rope in ROPES), ("llama3", "segments")]
+)
+def test_logits_and_gradients_equal_peft(rope: str, attention: str, tmp_path: Path) -> None:
     tied = rope == "linear"
     base = reference(rope, tie_word_embeddings=tied)
     theirs = adapt(base, LORA)
     config = read_llama_config_of(base, tmp_path)
-    ours = LlamaClassifier(config, lora=LORA)
+    ours = LlamaClassifier(config, lora=LORA, attention=attention)
     params = convert(tmp_path, theirs, ours)
     rows = Rows(LENGTHS, pools_last=True)
     expected = answer(theirs, rows, list(range(len(LENGTHS))))
@@ -373,10 +375,15 @@ def test_gradients_over_a_quantised_base_are_those_over_its_values(
         assert relative(traverse_util.flatten_dict(ours, sep="/")[path], leaf) < 1e-4, path
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_remat_recomputes_and_changes_nothing(remat: str) -> None:
+@pytest.mark.parametrize(
+    ("remat", "attention"), [("dots", "xla"), ("full", "xla"), ("full", "segments")]
+)
+def test_remat_recomputes_and_changes_nothing(remat: str, attention: str) -> None:
     config = LlamaConfig("llama", VOCABULARY, 32, 2, 4, 2, 8, 48, 512)
-    models = [LlamaClassifier(config, lora=LORA, remat=name) for name in ("none", remat)]
+    models = [
+        LlamaClassifier(config, lora=LORA, remat=name, attention=attention)
+        for name in ("none", remat)
+    ]
     samples = make_samples(Rows([[20], [9]], pools_last=True))
     update = pack_all(samples, make_geometry(32, 1, packing=True))
     from support import make_params
@@ -404,7 +411,8 @@ def test_losses_do_not_depend_on_the_mesh(
     mesh: tuple[int, int, int], order: Sequence[int], tmp_path: Path
 ) -> None:
     config = LlamaConfig("llama", VOCABULARY, 32, 2, 8, 4, 8, 48, 512)
-    model = LlamaClassifier(config, lora=LoRAConfig(4, 8.0, 0.1, PROJECTIONS))
+    lora = LoRAConfig(4, 8.0, 0.1, PROJECTIONS)
+    model = LlamaClassifier(config, lora=lora, attention="segments")  # as on one CPU device
     samples = make_samples(random_rows(40, 1, 32, pools_last=True))
     from support import make_params
 
@@ -414,7 +422,7 @@ def test_losses_do_not_depend_on_the_mesh(
     wanted, _ = one.losses(params, 20)
     devices = [jax.devices()[number] for number in order]
     many = Trainer(
-        LlamaClassifier(config, lora=model.lora, mesh=meshes.make_mesh(*mesh, devices=devices)),
+        LlamaClassifier(config, lora=lora, mesh=meshes.make_mesh(*mesh, devices=devices)),
         samples,
         mesh=mesh,
         order=order,
