@@ -11,6 +11,7 @@ probabilities from the stored log-sum (Dao et al. 2022, "FlashAttention", append
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -164,10 +165,13 @@ class _Cut(NamedTuple):
         order = lax.iota(jnp.int32, self.mine.size)
         return self.mine & (order[:, None] >= order)
 
-    def factor(self, groups: int, per_group: int, plan: _Plan) -> jax.Array:
-        """Dropout's factors; the plain formula's index is (head, query, key) inside the unit."""
-        heads = jnp.arange(groups * per_group, dtype=jnp.uint32).reshape(groups, per_group, 1, 1)
-        index = heads * np.uint32(plan.tokens**2)
+    def factor(self, heads: tuple[int, ...], plan: _Plan) -> jax.Array:
+        """Dropout's factors ``[K, G, width, width]`` for heads of that shape.
+
+        The plain formula's index is (head, query, key) inside the unit.
+        """
+        numbers = jnp.arange(math.prod(heads), dtype=jnp.uint32).reshape(*heads, 1, 1)
+        index = numbers * np.uint32(plan.tokens**2)
         index = index + (self.at * np.uint32(plan.tokens))[:, None] + self.at
         keep = keep_elements(index, self.words[0], self.words[1], plan.rate)
         return jnp.where(keep, np.float32(1.0 / (1.0 - plan.rate)), 0.0)
@@ -256,7 +260,7 @@ def _attend_forward(
         weights = jnp.exp(scores - top)
         total = weights.sum(axis=-1, keepdims=True)
         if plan.rate:
-            weights = weights * cut.factor(*scores.shape[:2], plan)
+            weights = weights * cut.factor(scores.shape[:2], plan)
         part = _product("kgqs,ksh->kgqh", weights.astype(dtype), cut.of(value_KxFxH, 1))
         # Divided behind the product: there are fewer of these than of the scores.
         part = (part / total).astype(dtype)
@@ -294,7 +298,7 @@ def _gradients(plan: _Plan, saved: Any, d_out: jax.Array) -> tuple[jax.Array, ..
         d_weights = _product("kgqh,ksh->kgqs", part_out, cut.of(value, 1))
         dropped = weights
         if plan.rate:
-            factor = cut.factor(*weights.shape[:2], plan)
+            factor = cut.factor(weights.shape[:2], plan)
             dropped, d_weights = weights * factor, d_weights * factor
         d_scores = (weights * (d_weights - shift) * scale).astype(dtype)
         parts = (
