@@ -96,13 +96,16 @@ class Predictor:
             update, outputs = under_way.popleft()
             return update, outputs.result()
 
-        with ThreadPoolExecutor(self._calls) as pool:
+        pool = ThreadPoolExecutor(self._calls)
+        try:
             for update in batches:
                 under_way.append((update, pool.submit(call, update)))
                 if len(under_way) > self._calls:
                     yield take()
             while under_way:
                 yield take()
+        finally:  # one who stops here waits for what is computed, not for what is not begun
+            pool.shutdown(cancel_futures=True)
 
     def logits(
         self,

@@ -27,7 +27,7 @@ from pref_jax.study.ablation_table import (
     reading,
     write_table,
 )
-from pref_jax.study.folds import check_folds, write_folds
+from pref_jax.study.folds import check_folds, check_rows, write_folds
 from pref_jax.study.plan import Part
 from pref_jax.study.run import ABLATION, held, is_finished, make_missing, train_whole
 from pref_jax.study.variants import (
@@ -83,6 +83,7 @@ def ablate(
     _check_flags(stage, names, max_hours)
     variants = read_variants(variants_file)
     comparisons = read_comparisons(data, labelled=True)
+    check_rows(comparisons, stage.folds)
     tricky = None if adversarial is None else _read_decided(adversarial)
     folder = make_output_folder(workdir, "--workdir")
     possible, refused = make_possible_parts(config, variants, stage, comparisons.digest)

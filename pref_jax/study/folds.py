@@ -20,22 +20,36 @@ _DIGESTS = "digests.json"  # of the files beside it
 _KINDS = ("valid", "train", "all")
 
 
+def check_rows(comparisons: Comparisons, folds: int) -> None:
+    """Looks whether the rows that could be a tie make as many folds.
+
+    Raises:
+      InputError: they do not, or there are none.
+    """
+    prompts = len(np.unique(join_groups(comparisons)[comparisons.tie_allowed]))
+    if not prompts:
+        raise InputError(
+            comparisons.path, "no row could be a tie", "write 1 into tie_allowed where it could"
+        )
+    if prompts < folds:
+        raise InputError(
+            "--folds",
+            f"{comparisons.path} has {prompts} different prompts whose rows could be a tie, too "
+            f"few for {folds} folds",
+            f"use at most {prompts}" if prompts > 1 else "give more rows",
+        )
+
+
 def write_folds(comparisons: Comparisons, folds: int, folder: Path) -> None:
     """Writes ``train0.csv`` (rows that could be a tie), ``all0.csv`` (also the others) and
     ``valid0.csv``, and so on, and what `check_folds` knows them by.
 
     No prompt is on both sides, whichever rows train: prompts are the same up to case, width and
     white space, or where a column ``prompt_group`` says so.
-
-    Raises:
-      InputError: too few rows could be a tie.
+    The rows are those that `check_rows` found to be enough.
     """
     allowed = comparisons.tie_allowed
     groups = join_groups(comparisons)
-    if not allowed.any():
-        raise InputError(
-            comparisons.path, "no row could be a tie", "write 1 into tie_allowed where it could"
-        )
     ties = comparisons.table.filter(pa.array(allowed))
     at = ties.column_names.index("group")
     ties = ties.set_column(at, "group", pa.array(groups[allowed], pa.uint64()))

@@ -380,6 +380,7 @@ def test_every_variant_goes_with_a_recipe(recipe: ConfigDict) -> None:
         (("--data={folder}/never.csv",), "no row could be a tie"),
         (("--adversarial={folder}/rows.csv",), "a row is a tie"),
         (("--workdir={folder}",), "is not a study"),
+        (("--folds=1000",), "different prompts whose rows could be a tie, too few for 1000 folds"),
         (("--epochs=0",), "--epochs: 0 is out of range"),
         (("--epochs=nan",), "--epochs: nan is out of range"),
         (("--variants=",), "--variants: it is empty"),
