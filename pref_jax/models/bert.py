@@ -76,7 +76,6 @@ class EncoderLayer(nn.Module):
     """Self-attention and feed-forward layer, each with residual and layer norm behind it."""
 
     config: EncoderConfig
-    longest: int
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -106,7 +105,7 @@ class EncoderLayer(nn.Module):
             )
             segments = None  # few queries: the plain formula
 
-        attended = _SelfAttention(config, heads, self.longest, dtype, name="attention")(
+        attended = _SelfAttention(config, heads, dtype, name="attention")(
             inputs_BxQxD, x_BxTxD, query_segments_BxQ, segment_ids_BxT, segments, seeds, site
         )
         attended = dropout(attended, config.hidden_dropout, seeds, site + 1)
@@ -125,7 +124,6 @@ class EncoderLayer(nn.Module):
 class _SelfAttention(nn.Module):
     config: EncoderConfig
     heads: tuple[int, int]
-    longest: int
     dtype: jnp.dtype
 
     @nn.compact
@@ -161,7 +159,6 @@ class _SelfAttention(nn.Module):
             attended = attend_segments(
                 *heads,
                 segments,
-                longest=self.longest,
                 dropout_rate=self.config.attention_dropout,
                 seeds=seeds,
                 site=site,
@@ -276,7 +273,7 @@ class Encoder(nn.Module):
                 segment_ids_BxT,
                 positions_BxT,
                 most=pooled.shape[1],  # one pooled token a sequence
-                longest=self._longest,
+                longest=self.longest or self.config.max_positions,
             )
         layers = self.config.num_layers
         only_BxP = None if self.every_token else pool_positions_BxP
@@ -289,7 +286,7 @@ class Encoder(nn.Module):
             for some in (range(frozen), range(frozen, alike)):
                 x_BxTxD = self._scan_layers(some, x_BxTxD, segment_ids_BxT, segments, seeds)
         for layer in range(scanned, layers):
-            x_BxTxD = layer_type(self.config, self._longest, self.dtype, name=f"layer_{layer}")(
+            x_BxTxD = layer_type(self.config, self.dtype, name=f"layer_{layer}")(
                 x_BxTxD,
                 layer,
                 segment_ids_BxT,
@@ -298,10 +295,6 @@ class Encoder(nn.Module):
                 seeds,
             )
         return x_BxTxD
-
-    @property
-    def _longest(self) -> int:
-        return self.longest or self.config.max_positions
 
     def _scan_layers(
         self,
@@ -318,7 +311,7 @@ class Encoder(nn.Module):
         """
         if not layers:
             return x_BxTxD
-        one = EncoderLayer(self.config, self._longest, self.dtype, parent=None)
+        one = EncoderLayer(self.config, self.dtype, parent=None)
 
         def turn(x_BxTxD: jax.Array, layer: tuple[jax.Array, Any]) -> tuple[jax.Array, None]:
             number, params = layer

@@ -63,7 +63,6 @@ def attend_causal(
     implementation: str = "xla",
     mesh: Mesh | None = None,
     segments: Segments | None = None,
-    longest: int = 0,
 ) -> jax.Array:
     """Softmax attention with scores scaled by 1 / sqrt(H), float32 inside.
 
@@ -76,7 +75,6 @@ def attend_causal(
       implementation: what `choose_causal_implementation` returned.
       mesh: for "splash", whose kernel runs on each device's part.
       segments: for "segments", where they lie.
-      longest: for "segments", the most tokens of one.
 
     Returns:
       ``[B, T, N, H]`` in the dtype of the queries.
@@ -92,7 +90,7 @@ def attend_causal(
     if implementation == "segments":
         assert segments is not None
         heads = (query_BxTxNxH, key_BxTxKxH, value_BxTxKxH)
-        return attend_segments(*heads, segments, longest=longest, causal=True)
+        return attend_segments(*heads, segments, causal=True)
     return _attend_plain(query_BxTxNxH, key_BxTxKxH, value_BxTxKxH, segment_ids_BxT)
 
 

@@ -94,7 +94,6 @@ class _Options:
     dtype: jnp.dtype
     frozen_dtype: jnp.dtype
     attention: str
-    longest: int
     mesh: Mesh | None
 
     def projection(self, name: str, features: int, axes: tuple[str, str]) -> Projection:
@@ -144,7 +143,6 @@ class _SelfAttention(nn.Module):
             implementation=options.attention,
             mesh=options.mesh,
             segments=segments,
-            longest=options.longest,
         )
         flat_BxTxE = out_BxTxNxH.reshape(*out_BxTxNxH.shape[:-2], -1)
         output = options.projection("o_proj", config.hidden_size, ("heads", "embed"))
@@ -235,6 +233,7 @@ class Decoder(nn.Module):
     options: _Options
     remat: str
     frozen_layers: int
+    longest: int | None
 
     @nn.compact
     def __call__(
@@ -258,7 +257,7 @@ class Decoder(nn.Module):
                 segment_ids_BxT,
                 positions_BxT,
                 most=pool_positions_BxP.shape[1],  # one pooled token a sequence
-                longest=options.longest,
+                longest=self.longest or config.max_positions,
             )
         block: type[nn.Module] = DecoderLayer
         policy = REMAT_POLICIES[self.remat]
@@ -346,10 +345,11 @@ class LlamaClassifier(nn.Module):
             self.dtype,
             self.frozen_dtype,
             self.attention,
-            self.longest or self.config.max_positions,
             self.mesh,
         )
-        pooled_BxPxD = Decoder(options, self.remat, self.frozen_layers, name="decoder")(
+        pooled_BxPxD = Decoder(
+            options, self.remat, self.frozen_layers, self.longest, name="decoder"
+        )(
             input_ids_BxT,
             positions_BxT,
             segment_ids_BxT,

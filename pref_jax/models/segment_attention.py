@@ -10,6 +10,7 @@ A dynamic loop has no reverse derivative, so the backward pass is written out. I
 probabilities from the stored log-sum (Dao et al. 2022, "FlashAttention", appendix B).
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -27,18 +28,26 @@ _WIDTHS = (64, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
 _MASKED = np.float32(-1e30)
 
 
-class Segments(NamedTuple):
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("ids", "starts", "bounds"),
+    meta_fields=("longest",),
+)
+@dataclasses.dataclass(frozen=True)
+class Segments:
     """Where the segments of B packed units of T tokens lie on the flat axis of B x T tokens.
 
     Attributes:
       ids: int32 ``[B * T]``, a number per segment; 0 is padding.
       starts: int32 ``[n]``, first tokens, ordered by width.
       bounds: int32 ``[widths + 1]``; width i has the starts ``bounds[i]`` to ``bounds[i + 1]``.
+      longest: the most tokens that a segment may have, known when a program is traced.
     """
 
     ids: jax.Array
     starts: jax.Array
     bounds: jax.Array
+    longest: int
 
 
 def _widths(longest: int) -> tuple[int, ...]:
@@ -71,7 +80,7 @@ def find_segments(
     kinds = jnp.where(known, jnp.searchsorted(widths, lengths), len(widths))
     order = jnp.argsort(kinds, stable=True)
     bounds = jnp.searchsorted(kinds[order], jnp.arange(len(widths) + 1)).astype(jnp.int32)
-    return Segments(ids, starts[order], bounds)
+    return Segments(ids, starts[order], bounds, longest)
 
 
 def attend_segments(
@@ -80,7 +89,6 @@ def attend_segments(
     value_BxTxKxH: jax.Array,
     segments: Segments,
     *,
-    longest: int,
     causal: bool = False,
     dropout_rate: float = 0.0,
     seeds: jax.Array | None = None,
@@ -92,7 +100,6 @@ def attend_segments(
       query_BxTxNxH, key_BxTxKxH, value_BxTxKxH: heads; each of the K serves N / K query heads that
         follow each other.
       segments: of the B x T tokens.
-      longest: the most tokens that a segment may have.
       causal: whether a token sees only itself and what stands before it in its segment, as in
         `pref_jax.models.causal_attention.attend_causal`.
       dropout_rate: of the probabilities, where there are ``seeds``.
@@ -116,7 +123,7 @@ def attend_segments(
         flatten(value_BxTxKxH)[:, 0],
         segments,
         words,
-        _Plan(tokens, min(longest, tokens), causal, rate),
+        _Plan(tokens, causal, rate),
     )
     return out_KxGxFxH.transpose(2, 0, 1, 3).reshape(units, tokens, heads, width)
 
@@ -126,13 +133,11 @@ class _Plan(NamedTuple):
 
     Attributes:
       tokens: of a unit.
-      longest: the most tokens of a segment.
       causal: whether tokens see only what stands before them.
       rate: of dropout.
     """
 
     tokens: int
-    longest: int
     causal: bool
     rate: float
 
@@ -206,7 +211,7 @@ def _visit(
     are computed. Found in its own turn, XLA's CPU compiler fuses it into each computation of scores
     and finds it again for each element, which made attention two to four times as slow.
     """
-    for kind, width in enumerate(_widths(plan.longest)):
+    for kind, width in enumerate(_widths(segments.longest)):
         first, behind = segments.bounds[kind], segments.bounds[kind + 1]
 
         def turn(number: jax.Array, state: tuple[_Cut, Any], width: int = width) -> Any:

@@ -45,8 +45,8 @@ def write_folds(comparisons: Comparisons, folds: int, folder: Path) -> None:
     ``valid0.csv``, and so on, and what `check_folds` knows them by.
 
     No prompt is on both sides, whichever rows train: prompts are the same up to case, width and
-    white space, or where a column ``prompt_group`` says so. `check_rows` has
-    found the rows to be enough.
+    white space, or where a column ``prompt_group`` says so. The rows are enough
+    (`check_rows`).
     """
     allowed = comparisons.tie_allowed
     groups = join_groups(comparisons)

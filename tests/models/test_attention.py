@@ -50,7 +50,7 @@ def test_equals_the_plain_formula(tokens: int, units: list[list[int]], rate: flo
 
     def by_segment(*heads: jax.Array) -> jax.Array:
         found = find_segments(jnp.asarray(segments), jnp.asarray(positions), most=4, longest=tokens)
-        return (attend_segments(*heads, found, longest=tokens, **noise) * weights).sum()
+        return (attend_segments(*heads, found, **noise) * weights).sum()
 
     assert_alike(by_segment, plain, query, key, value)
 
@@ -73,8 +73,7 @@ def test_equals_the_plain_formula_of_decoders(
 
     def by_segment(*heads: jax.Array) -> jax.Array:
         found = find_segments(jnp.asarray(segments), jnp.asarray(positions), most=4, longest=tokens)
-        given = {"segments": found, "longest": tokens}
-        out = attend_causal(*heads, segments, implementation="segments", **given)
+        out = attend_causal(*heads, segments, implementation="segments", segments=found)
         return (out * weights).sum()
 
     assert_alike(by_segment, plain, query, key, value)
