@@ -74,7 +74,7 @@ def attend_causal(
       segment_ids_BxT: tokens of one segment are contiguous and see no other segment.
       implementation: what `choose_causal_implementation` returned.
       mesh: for "splash", whose kernel runs on each device's part.
-      segments: for "segments", where they lie.
+      segments: for "segments", causal ones.
 
     Returns:
       ``[B, T, N, H]`` in the dtype of the queries.
@@ -89,8 +89,8 @@ def attend_causal(
         return _attend_splash(query_BxTxNxH, key_BxTxKxH, value_BxTxKxH, segment_ids_BxT, mesh)
     if implementation == "segments":
         assert segments is not None
-        heads = (query_BxTxNxH, key_BxTxKxH, value_BxTxKxH)
-        return attend_segments(*heads, segments, causal=True)
+        assert segments.causal
+        return attend_segments(query_BxTxNxH, key_BxTxKxH, value_BxTxKxH, segments)
     return _attend_plain(query_BxTxNxH, key_BxTxKxH, value_BxTxKxH, segment_ids_BxT)
 
 

@@ -258,6 +258,7 @@ class Decoder(nn.Module):
                 positions_BxT,
                 most=pool_positions_BxP.shape[1],  # one pooled token a sequence
                 longest=self.longest or config.max_positions,
+                causal=True,
             )
         block: type[nn.Module] = DecoderLayer
         policy = REMAT_POLICIES[self.remat]

@@ -23,40 +23,52 @@ from jax import lax
 
 from pref_jax.models.dropout import keep_elements, site_seeds
 
-# Widths at which segments are cut out. More of them would waste less and compile longer.
+# Widths at which keys are cut out. More of them would waste less and compile longer.
 _WIDTHS = (64, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
+_CAUSAL_WIDTHS = (64, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 2048, 4096, 8192)
+# The most queries of a turn of a decoder: early ones need no late keys. An encoder's need all keys,
+# and blocks of them are as fast as whole segments or slower.
+_BLOCK = 128
 _MASKED = np.float32(-1e30)
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("ids", "starts", "bounds"),
-    meta_fields=("longest",),
+    data_fields=("ids", "keys", "queries", "bounds"),
+    meta_fields=("widths", "block", "causal"),
 )
 @dataclasses.dataclass(frozen=True)
 class Segments:
     """Where the segments of B packed units of T tokens lie on the flat axis of B x T tokens.
 
+    Attention goes in turns: all of a segment at once, or where it is causal a block of its queries
+    with the keys that they may see.
+
     Attributes:
       ids: int32 ``[B * T]``, a number per segment; 0 is padding.
-      starts: int32 ``[n]``, first tokens, ordered by width.
-      bounds: int32 ``[widths + 1]``; width i has the starts ``bounds[i]`` to ``bounds[i + 1]``.
-      longest: the most tokens that a segment may have, known when a program is traced.
+      keys, queries: int32 ``[n]``, each turn's first key and first query, ordered by width.
+      bounds: int32 ``[widths + 1]``; width i has the turns ``bounds[i]`` to ``bounds[i + 1]``.
+      widths: at which keys are cut out; the last holds any segment.
+      block: the most queries of a turn.
+      causal: whether a token sees only itself and what stands before it in its segment.
     """
 
     ids: jax.Array
-    starts: jax.Array
+    keys: jax.Array
+    queries: jax.Array
     bounds: jax.Array
-    longest: int
-
-
-def _widths(longest: int) -> tuple[int, ...]:
-    """Widths in use where no segment has more than ``longest`` tokens; the last holds any."""
-    return (*(width for width in _WIDTHS if width < longest), longest)
+    widths: tuple[int, ...]
+    block: int
+    causal: bool
 
 
 def find_segments(
-    segment_ids_BxT: jax.Array, positions_BxT: jax.Array, *, most: int, longest: int
+    segment_ids_BxT: jax.Array,
+    positions_BxT: jax.Array,
+    *,
+    most: int,
+    longest: int,
+    causal: bool = False,
 ) -> Segments:
     """Finds the segments of packed units; their tokens are contiguous and count from position 0.
 
@@ -65,22 +77,31 @@ def find_segments(
       positions_BxT: position of each token in its segment.
       most: the most segments that a unit may hold.
       longest: the most tokens that a segment may have.
+      causal: whether tokens see only what stands before them, as those of decoders.
     """
     units, tokens = segment_ids_BxT.shape
     longest = min(longest, tokens)
+    widths = _CAUSAL_WIDTHS if causal else _WIDTHS
+    widths = (*(width for width in widths if width < longest), longest)
+    block = _BLOCK if causal else longest
     real = (segment_ids_BxT > 0).reshape(-1)
+    positions = positions_BxT.reshape(-1)
     offsets = jnp.arange(units, dtype=jnp.int32)[:, None] * (most + 1)
     ids = jnp.where(real, (segment_ids_BxT + offsets).reshape(-1), 0)
-    first = real & (positions_BxT.reshape(-1) == 0)
-    starts = jnp.nonzero(first, size=units * most, fill_value=0)[0].astype(jnp.int32)
-    known = jnp.arange(units * most) < first.sum()
-    own = jnp.where(known, ids[starts], -1)
-    lengths = jnp.zeros(units * (most + 1) + 1, jnp.int32).at[ids].add(1)[own]
-    widths = jnp.array(_widths(longest), jnp.int32)
-    kinds = jnp.where(known, jnp.searchsorted(widths, lengths), len(widths))
+    first = real & (positions % block == 0)
+    size = units * (most + tokens // block)
+    queries = jnp.nonzero(first, size=size, fill_value=0)[0].astype(jnp.int32)
+    known = jnp.arange(size) < first.sum()
+    seen = jnp.zeros(units * (most + 1) + 1, jnp.int32).at[ids].add(1)[ids[queries]]
+    if causal:
+        seen = jnp.minimum(seen, positions[queries] + block)
+    kinds = jnp.searchsorted(jnp.array(widths, jnp.int32), seen)
+    kinds = jnp.where(known, kinds, len(widths))
     order = jnp.argsort(kinds, stable=True)
     bounds = jnp.searchsorted(kinds[order], jnp.arange(len(widths) + 1)).astype(jnp.int32)
-    return Segments(ids, starts[order], bounds, longest)
+    queries = queries[order]
+    keys = queries - positions[queries]
+    return Segments(ids, keys, queries, bounds, widths, block, causal)
 
 
 def attend_segments(
@@ -89,7 +110,6 @@ def attend_segments(
     value_BxTxKxH: jax.Array,
     segments: Segments,
     *,
-    causal: bool = False,
     dropout_rate: float = 0.0,
     seeds: jax.Array | None = None,
     site: jax.Array | int = 0,
@@ -99,9 +119,8 @@ def attend_segments(
     Args:
       query_BxTxNxH, key_BxTxKxH, value_BxTxKxH: heads; each of the K serves N / K query heads that
         follow each other.
-      segments: of the B x T tokens.
-      causal: whether a token sees only itself and what stands before it in its segment, as in
-        `pref_jax.models.causal_attention.attend_causal`.
+      segments: of the B x T tokens; causal ones for what
+        `pref_jax.models.causal_attention.attend_causal` computes.
       dropout_rate: of the probabilities, where there are ``seeds``.
       seeds: of the B units.
       site: which mask of theirs.
@@ -123,7 +142,7 @@ def attend_segments(
         flatten(value_BxTxKxH)[:, 0],
         segments,
         words,
-        _Plan(tokens, causal, rate),
+        _Plan(tokens, rate),
     )
     return out_KxGxFxH.transpose(2, 0, 1, 3).reshape(units, tokens, heads, width)
 
@@ -133,29 +152,25 @@ class _Plan(NamedTuple):
 
     Attributes:
       tokens: of a unit.
-      causal: whether tokens see only what stands before them.
       rate: of dropout.
     """
 
     tokens: int
-    causal: bool
     rate: float
 
 
-class _Cut(NamedTuple):
-    """One segment's window on the flat axis.
+class _Window(NamedTuple):
+    """A piece of the flat axis.
 
     Attributes:
-      start: int32, where the window begins.
-      mine: bool ``[width]``, which of its tokens are the segment's.
+      start: int32, where it begins.
+      mine: bool ``[width]``, which of its tokens belong to the turn.
       at: uint32 ``[width]``, their places inside the packed unit.
-      words: uint32 ``[2]``, the seed words of the unit.
     """
 
     start: jax.Array
     mine: jax.Array
     at: jax.Array
-    words: jax.Array
 
     def of(self, x: jax.Array, axis: int) -> jax.Array:
         return lax.dynamic_slice_in_dim(x, self.start, self.mine.size, axis)
@@ -163,21 +178,28 @@ class _Cut(NamedTuple):
     def put(self, x: jax.Array, part: jax.Array, axis: int) -> jax.Array:
         return lax.dynamic_update_slice_in_dim(x, part, self.start, axis)
 
+
+class _Cut(NamedTuple):
+    """One turn's queries and keys, and the seed words ``[2]`` of their unit."""
+
+    queries: _Window
+    keys: _Window
+    words: jax.Array
+
     def seen(self, causal: bool) -> jax.Array:
-        """Which keys a query sees, bool ``[width]`` or ``[width, width]``."""
+        """Which keys a query sees, bool ``[width]`` or ``[queries, width]``."""
         if not causal:
-            return self.mine
-        order = lax.iota(jnp.int32, self.mine.size)
-        return self.mine & (order[:, None] >= order)
+            return self.keys.mine
+        return self.keys.mine & (self.queries.at[:, None] >= self.keys.at)
 
     def factor(self, heads: tuple[int, ...], plan: _Plan) -> jax.Array:
-        """Dropout's factors ``[K, G, width, width]`` for heads of that shape.
+        """Dropout's factors ``[K, G, queries, width]`` for heads of that shape.
 
         The plain formula's index is (head, query, key) inside the unit.
         """
         numbers = jnp.arange(math.prod(heads), dtype=jnp.uint32).reshape(*heads, 1, 1)
         index = numbers * np.uint32(plan.tokens**2)
-        index = index + (self.at * np.uint32(plan.tokens))[:, None] + self.at
+        index = index + (self.queries.at * np.uint32(plan.tokens))[:, None] + self.keys.at
         keep = keep_elements(index, self.words[0], self.words[1], plan.rate)
         return jnp.where(keep, np.float32(1.0 / (1.0 - plan.rate)), 0.0)
 
@@ -186,14 +208,19 @@ def _cut(
     segments: Segments, words_Bx2: jax.Array, number: jax.Array, width: int, tokens: int
 ) -> _Cut:
     flat = segments.ids.shape[0]
-    first = segments.starts[number]
-    unit = first // tokens
-    # A window may reach into the neighbours; at the end of the axis it is moved back.
-    start = jnp.minimum(first, flat - width)
+    segment = segments.ids[segments.keys[number]]
+    unit = segments.keys[number] // tokens
+
+    def window(first: jax.Array, size: int) -> _Window:
+        # It may reach into the neighbours; at the end of the axis it is moved back.
+        start = jnp.minimum(first, flat - size)
+        place = start + jnp.arange(size)
+        mine = lax.dynamic_slice_in_dim(segments.ids, start, size) == segment
+        return _Window(start, mine & (place >= first), (place - unit * tokens).astype(jnp.uint32))
+
     return _Cut(
-        start,
-        lax.dynamic_slice_in_dim(segments.ids, start, width) == segments.ids[first],
-        (start - unit * tokens + jnp.arange(width)).astype(jnp.uint32),
+        window(segments.queries[number], min(width, segments.block)),
+        window(segments.keys[number], width),
         lax.dynamic_index_in_dim(words_Bx2, unit, keepdims=False),
     )
 
@@ -211,7 +238,7 @@ def _visit(
     are computed. Found in its own turn, XLA's CPU compiler fuses it into each computation of scores
     and finds it again for each element, which made attention two to four times as slow.
     """
-    for kind, width in enumerate(_widths(segments.longest)):
+    for kind, width in enumerate(segments.widths):
         first, behind = segments.bounds[kind], segments.bounds[kind + 1]
 
         def turn(number: jax.Array, state: tuple[_Cut, Any], width: int = width) -> Any:
@@ -259,20 +286,21 @@ def _attend_forward(
 
     def visit(cut: _Cut, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         out, log_sums = carry
-        scores = _scores(cut.of(query_KxGxFxH, 2), cut.of(key_KxFxH, 1))
-        scores = jnp.where(cut.seen(plan.causal), scores, _MASKED)
+        queries, keys = cut.queries, cut.keys
+        scores = _scores(queries.of(query_KxGxFxH, 2), keys.of(key_KxFxH, 1))
+        scores = jnp.where(cut.seen(segments.causal), scores, _MASKED)
         top = scores.max(axis=-1, keepdims=True)
         weights = jnp.exp(scores - top)
         total = weights.sum(axis=-1, keepdims=True)
         if plan.rate:
             weights = weights * cut.factor(scores.shape[:2], plan)
-        part = _product("kgqs,ksh->kgqh", weights.astype(dtype), cut.of(value_KxFxH, 1))
+        part = _product("kgqs,ksh->kgqh", weights.astype(dtype), keys.of(value_KxFxH, 1))
         # Divided behind the product: there are fewer of these than of the scores.
         part = (part / total).astype(dtype)
         log_sum = (top + jnp.log(total))[..., 0]
         return (
-            cut.put(out, jnp.where(cut.mine[:, None], part, cut.of(out, 2)), 2),
-            cut.put(log_sums, jnp.where(cut.mine, log_sum, cut.of(log_sums, 2)), 2),
+            queries.put(out, jnp.where(queries.mine[:, None], part, queries.of(out, 2)), 2),
+            queries.put(log_sums, jnp.where(queries.mine, log_sum, queries.of(log_sums, 2)), 2),
         )
 
     start = (jnp.zeros_like(query_KxGxFxH), jnp.zeros(query_KxGxFxH.shape[:3], jnp.float32))
@@ -295,25 +323,26 @@ def _gradients(plan: _Plan, saved: Any, d_out: jax.Array) -> tuple[jax.Array, ..
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
 
     def visit(cut: _Cut, carry: tuple) -> tuple:
-        pair = cut.mine[:, None] & cut.seen(plan.causal)
-        log_sum, shift = cut.of(log_sums, 2)[..., None], cut.of(delta, 2)[..., None]
-        part_query, part_key = cut.of(query, 2), cut.of(key, 1)
-        part_out = cut.of(d_out, 2)
+        queries, keys = cut.queries, cut.keys
+        pair = queries.mine[:, None] & cut.seen(segments.causal)
+        log_sum, shift = queries.of(log_sums, 2)[..., None], queries.of(delta, 2)[..., None]
+        part_query, part_key = queries.of(query, 2), keys.of(key, 1)
+        part_out = queries.of(d_out, 2)
         weights = jnp.where(pair, jnp.exp(_scores(part_query, part_key) - log_sum), 0.0)
-        d_weights = _product("kgqh,ksh->kgqs", part_out, cut.of(value, 1))
+        d_weights = _product("kgqh,ksh->kgqs", part_out, keys.of(value, 1))
         dropped = weights
         if plan.rate:
             factor = cut.factor(weights.shape[:2], plan)
             dropped, d_weights = weights * factor, d_weights * factor
         d_scores = (weights * (d_weights - shift) * scale).astype(dtype)
         parts = (
-            _product("kgqs,ksh->kgqh", d_scores, part_key),
-            _product("khgq,kgqs->khs", jnp.moveaxis(part_query, -1, 1), d_scores),
-            _product("khgq,kgqs->khs", jnp.moveaxis(part_out, -1, 1), dropped.astype(dtype)),
+            (queries, _product("kgqs,ksh->kgqh", d_scores, part_key)),
+            (keys, _product("khgq,kgqs->khs", jnp.moveaxis(part_query, -1, 1), d_scores)),
+            (keys, _product("khgq,kgqs->khs", jnp.moveaxis(part_out, -1, 1), dropped.astype(dtype))),
         )
         return tuple(
-            cut.put(total, cut.of(total, 2) + part, 2)
-            for total, part in zip(carry, parts, strict=True)
+            window.put(total, window.of(total, 2) + part, 2)
+            for total, (window, part) in zip(carry, parts, strict=True)
         )
 
     # Those of key and value stand transposed: a product that sums over the first axis of a matrix
