@@ -23,9 +23,10 @@ from jax import lax
 
 from pref_jax.models.dropout import keep_elements, site_seeds
 
-# Widths at which keys are cut out. More of them would waste less and compile longer.
+# Widths at which keys are cut out. More of them would waste less and compile longer (a second or
+# two each). A decoder's are those that its blocks of queries end at, and its texts are never short.
 _WIDTHS = (64, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
-_CAUSAL_WIDTHS = (64, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 2048, 4096, 8192)
+_CAUSAL_WIDTHS = (128, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
 # The most queries of a turn of a decoder: early ones need no late keys. An encoder's need all keys,
 # and blocks of them are as fast as whole segments or slower.
 _BLOCK = 128
@@ -335,11 +336,11 @@ def _gradients(plan: _Plan, saved: Any, d_out: jax.Array) -> tuple[jax.Array, ..
             factor = cut.factor(weights.shape[:2], plan)
             dropped, d_weights = weights * factor, d_weights * factor
         d_scores = (weights * (d_weights - shift) * scale).astype(dtype)
-        parts = (
-            (queries, _product("kgqs,ksh->kgqh", d_scores, part_key)),
-            (keys, _product("khgq,kgqs->khs", jnp.moveaxis(part_query, -1, 1), d_scores)),
-            (keys, _product("khgq,kgqs->khs", jnp.moveaxis(part_out, -1, 1), dropped.astype(dtype))),
-        )
+        d_query = _product("kgqs,ksh->kgqh", d_scores, part_key)
+        d_key = _product("khgq,kgqs->khs", jnp.moveaxis(part_query, -1, 1), d_scores)
+        dropped = dropped.astype(dtype)
+        d_value = _product("khgq,kgqs->khs", jnp.moveaxis(part_out, -1, 1), dropped)
+        parts = ((queries, d_query), (keys, d_key), (keys, d_value))
         return tuple(
             window.put(total, window.of(total, 2) + part, 2)
             for total, (window, part) in zip(carry, parts, strict=True)
