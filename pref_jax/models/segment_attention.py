@@ -82,8 +82,8 @@ def find_segments(
     """
     units, tokens = segment_ids_BxT.shape
     longest = min(longest, tokens)
-    widths = _CAUSAL_WIDTHS if causal else _WIDTHS
-    widths = (*(width for width in widths if width < longest), longest)
+    known_widths = _CAUSAL_WIDTHS if causal else _WIDTHS
+    widths = (*(width for width in known_widths if width < longest), longest)
     block = _BLOCK if causal else longest
     real = (segment_ids_BxT > 0).reshape(-1)
     positions = positions_BxT.reshape(-1)
