@@ -88,8 +88,7 @@ def attend_causal(
         assert mesh is not None
         return _attend_splash(query_BxTxNxH, key_BxTxKxH, value_BxTxKxH, segment_ids_BxT, mesh)
     if implementation == "segments":
-        assert segments is not None
-        assert segments.causal
+        assert segments is not None and segments.causal
         return attend_segments(query_BxTxNxH, key_BxTxKxH, value_BxTxKxH, segments)
     return _attend_plain(query_BxTxNxH, key_BxTxKxH, value_BxTxKxH, segment_ids_BxT)
 

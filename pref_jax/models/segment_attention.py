@@ -3,8 +3,8 @@
 The plain formula over a packed unit computes scores of every pair of its tokens and throws away
 those between segments: with four segments in a unit three quarters of the work. Here a loop with a
 dynamic bound visits the segments, cuts each out of the flat token axis at one of a few widths, and
-attends inside it. On a CPU forward and backward pass of an encoder are 3 to 4 times as fast as the
-plain formula at units of 512 and 1,024 tokens, those of a decoder 3 to 11 times.
+attends inside it; those of a decoder in blocks of queries. `docs/performance.md` says what it is
+worth on a CPU.
 
 A dynamic loop has no reverse derivative, so the backward pass is written out. It recomputes the
 probabilities from the stored log-sum (Dao et al. 2022, "FlashAttention", appendix B).
@@ -36,13 +36,13 @@ _MASKED = np.float32(-1e30)
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("ids", "keys", "queries", "bounds"),
-    meta_fields=("widths", "block", "causal"),
+    meta_fields=("widths", "causal"),
 )
 @dataclasses.dataclass(frozen=True)
 class Segments:
     """Where the segments of B packed units of T tokens lie on the flat axis of B x T tokens.
 
-    Attention goes in turns: all of a segment at once, or where it is causal a block of its queries
+    Attention goes in turns: all of a segment at once, or where it is causal `_BLOCK` of its queries
     with the keys that they may see.
 
     Attributes:
@@ -50,7 +50,6 @@ class Segments:
       keys, queries: int32 ``[n]``, each turn's first key and first query, ordered by width.
       bounds: int32 ``[widths + 1]``; width i has the turns ``bounds[i]`` to ``bounds[i + 1]``.
       widths: at which keys are cut out; the last holds any segment.
-      block: the most queries of a turn.
       causal: whether a token sees only itself and what stands before it in its segment.
     """
 
@@ -59,7 +58,6 @@ class Segments:
     queries: jax.Array
     bounds: jax.Array
     widths: tuple[int, ...]
-    block: int
     causal: bool
 
 
@@ -102,7 +100,7 @@ def find_segments(
     bounds = jnp.searchsorted(kinds[order], jnp.arange(len(widths) + 1)).astype(jnp.int32)
     queries = queries[order]
     keys = queries - positions[queries]
-    return Segments(ids, keys, queries, bounds, widths, block, causal)
+    return Segments(ids, keys, queries, bounds, widths, causal)
 
 
 def attend_segments(
@@ -219,11 +217,10 @@ def _cut(
         mine = lax.dynamic_slice_in_dim(segments.ids, start, size) == segment
         return _Window(start, mine & (place >= first), (place - unit * tokens).astype(jnp.uint32))
 
-    return _Cut(
-        window(segments.queries[number], min(width, segments.block)),
-        window(segments.keys[number], width),
-        lax.dynamic_index_in_dim(words_Bx2, unit, keepdims=False),
-    )
+    queries = keys = window(segments.keys[number], width)
+    if segments.causal:
+        queries = window(segments.queries[number], min(width, _BLOCK))
+    return _Cut(queries, keys, lax.dynamic_index_in_dim(words_Bx2, unit, keepdims=False))
 
 
 def _visit(
