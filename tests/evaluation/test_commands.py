@@ -79,17 +79,18 @@ def test_a_share_of_the_rows_is_read_in_both_orders(world: Path, repository: Pat
     some = ask("--swap_average", "--swap_share=0.3")
     moved = np.flatnonzero(np.abs(twice - once).max(axis=1) > 1e-6)
     assert len(moved) == 13  # or the test would see nothing
-    likeliest = sorted(range(13), key=lambda row: -once[row, 0] * once[row, 1])
-    asked = sorted(likeliest[:4])  # 3.9 rounded up
+    closest = sorted(range(13), key=lambda row: abs(once[row, 0] - once[row, 1]))
+    asked = sorted(closest[:4])  # 3.9 rounded up
     np.testing.assert_allclose(some[asked], twice[asked], atol=2e-7)
-    rest = sorted(likeliest[4:])
+    rest = sorted(closest[4:])
     np.testing.assert_array_equal(some[rest], once[rest])
 
 
-def test_close_rows_are_those_where_the_answers_are_equally_likely() -> None:
+def test_close_rows_are_those_with_the_smallest_gap_between_the_answers() -> None:
     probabilities = np.array([[0.9, 0.05, 0.05], [0.4, 0.4, 0.2], [0.1, 0.1, 0.8], [0.5, 0.3, 0.2]])
     assert closest_rows(probabilities, 0.01).tolist() == [1]
-    assert closest_rows(probabilities, 0.5).tolist() == [1, 3]
+    assert closest_rows(probabilities, 0.5).tolist() == [1, 2]
+    assert closest_rows(probabilities, 0.6).tolist() == [1, 2, 3]
     assert closest_rows(probabilities, 1.0).tolist() == [0, 1, 2, 3]
 
 
