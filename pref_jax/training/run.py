@@ -17,6 +17,7 @@ from pref_jax import mesh as meshes
 from pref_jax.compilation import compile_program
 from pref_jax.config import training_data
 from pref_jax.data.batches import BatchPlan, Samples, Update, update_shapes
+from pref_jax.data.segments import Form
 from pref_jax.errors import InputError
 from pref_jax.evaluation.predict import (
     Predictor,
@@ -200,9 +201,9 @@ def train(
     signals.check()
     steps_per_epoch = -(-len(goal.train_numbers) // config.train.batch_size)
     total_steps = count_steps(config, steps_per_epoch)
-    # A new folder gets no config of weights that turn out to be broken or of another model, so
-    # that the corrected command works in it.
-    _ = experiment.tokenizer
+    # A new folder gets no config of weights that turn out to be broken or of another model, nor of
+    # an input that the tokenizer does not allow, so that the corrected command works in it.
+    _ = Form(experiment.layout, experiment.tokenizer)
     new = hosts.on_leader("new run", lambda: not workdir.config_path.exists())
     base = experiment.load_base() if new else None
 

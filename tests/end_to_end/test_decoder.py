@@ -556,6 +556,7 @@ def test_wrong_settings_are_one_line(arena: Path, tmp_path: Path, flag: str, nam
     )
     assert outcome.code == 2 and outcome.stderr.count("\n") == 1, outcome
     assert named in outcome.stderr
+    assert not (tmp_path / "run" / "config.json").exists()  # or the corrected command is refused
 
 
 def test_a_killed_export_leaves_nothing_for_good(decoder: Path, tmp_path: Path) -> None:
